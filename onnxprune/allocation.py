@@ -1,0 +1,206 @@
+"""Step 5: which units go, so that a budget is met.
+
+An allocation is a function (scores, strength) -> {group: share of its units to remove}, monotone in strength from 0 to 1 and
+registered under a name; `choose` finds the strength that meets the budget.
+
+    @allocation("only-wide")
+    def only_wide(scores, strength):
+        return {g: strength if len(s) >= 64 else 0.0 for g, s in scores.items()}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+import numpy as np
+
+from onnxprune import layouts
+from onnxprune.cost import counter
+from onnxprune.errors import OnnxPruneError
+from onnxprune.grouping import Grouping
+from onnxprune.layouts import find
+
+Scores = Mapping[int, np.ndarray]
+Allocation = Callable[[Scores, float], dict[int, float]]
+_ALLOCATIONS: dict[str, Allocation] = {}
+
+
+def allocation(name: str) -> Callable[[Allocation], Allocation]:
+    """Register an allocation under a name that `--allocation` takes."""
+
+    def register(function: Allocation) -> Allocation:
+        _ALLOCATIONS[name] = function
+        return function
+
+    return register
+
+
+def names() -> list[str]:
+    return sorted({*_ALLOCATIONS, *(e.name for e in entry_points(group="onnxprune.allocations"))})
+
+
+def get(name: str) -> Allocation:
+    if name not in _ALLOCATIONS:
+        for entry in entry_points(group="onnxprune.allocations"):
+            if entry.name == name:
+                _ALLOCATIONS[name] = entry.load()
+    if name not in _ALLOCATIONS:
+        raise OnnxPruneError(f"no allocation is named '{name}'; there are: {', '.join(names())}")
+    return _ALLOCATIONS[name]
+
+
+@allocation("uniform")
+def uniform(scores: Scores, strength: float) -> dict[int, float]:
+    """The same share of every group."""
+    return dict.fromkeys(scores, strength)
+
+
+@allocation("global")
+def globally(scores: Scores, strength: float) -> dict[int, float]:
+    """One threshold over the scores of all groups: those below it go."""
+    pool = np.sort(np.concatenate(list(scores.values())))
+    if strength >= 1:
+        return dict.fromkeys(scores, 1.0)
+    threshold = pool[int(strength * len(pool))]
+    return {g: float((s < threshold).mean()) for g, s in scores.items()}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """floor: units (or, below 1, the share) that each group keeps at least; align: kept units are a multiple of it."""
+
+    floor: float = 0.1
+    align: int = 1
+
+    def kept(self, units: int, share: float) -> int:
+        """Units kept of a group when `share` of it is to go."""
+        least = max(1, int(np.ceil(self.floor * units)) if self.floor < 1 else min(units, int(self.floor)))
+        keep = round(units * (1 - share))
+        if self.align > 1 and keep < units:
+            keep = min(units, max(1, round(keep / self.align)) * self.align)
+        return min(units, max(least, keep))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """remove: {group: units, ascending}; reached: the share of the budget that goes."""
+
+    remove: dict[int, np.ndarray]
+    reached: float
+
+
+def secondary(grouping: Grouping) -> set[int]:
+    """Groups that multiply with a larger one on some axis; one of the two is enough to narrow it."""
+    owner = {leaf: g for g in grouping.groups for leaf in g.leaves}
+    found: set[int] = set()
+    for dim in {find(d) for d in grouping.dims.values()}:
+        for segment in layouts.resolve(dim):
+            owners = {owner[f].id: owner[f] for d in segment for f in layouts.leaves([[d]]) if f in owner}
+            if len(owners) > 1 and len(segment) > 1:
+                largest = max(owners.values(), key=lambda g: (g.units, -g.id))
+                found |= set(owners) - {largest.id}
+    return found
+
+
+def choose(
+    grouping: Grouping,
+    scores: Scores,
+    ratio: float,
+    of: str = "macs",
+    rule: str = "uniform",
+    limits: Limits | None = None,
+    shares: Mapping[int, float] | None = None,
+) -> Choice:
+    """The lowest-scored units of each group, so many that `ratio` of the budget goes.
+
+    shares: {group: share} of groups whose ratio the user gave.  Where the budget is out of reach, the closest is returned.
+    """
+    limits, shares = limits or Limits(), dict(shares or {})
+    units = {g.id: g.units for g in grouping.groups}
+    cost = counter(grouping, of)
+    whole = cost({})
+    second = secondary(grouping)
+    share_of = get(rule)
+
+    def kept_at(strength: float, only: set[int]) -> dict[int, int]:
+        free = {g: s for g, s in scores.items() if g in only and g not in shares}
+        wanted = (share_of(free, strength) if free else {}) | shares
+        return {g: limits.kept(units[g], wanted[g]) for g in wanted}
+
+    def reached(kept: Mapping[int, int]) -> float:
+        return 1 - cost(kept) / whole if whole else 0.0
+
+    first = {g for g in scores if g not in second}
+    for only in (first, set(scores)):
+        high = kept_at(1.0, only)
+        if reached(high) >= ratio:
+            break
+    low = kept_at(0.0, only)
+    weak, strong = 0.0, 1.0
+    for _ in range(22):
+        middle = (weak + strong) / 2
+        kept = kept_at(middle, only)
+        if reached(kept) < ratio:
+            weak, low = middle, kept
+        else:
+            strong, high = middle, kept
+        if low == high or abs(reached(high) - ratio) < 2e-4:
+            break
+    best = _between(low, high, lambda kept: reached(kept) - ratio)
+    best = _nudge(best, units, limits, lambda kept: reached(kept) - ratio, set(only) - set(shares))
+    remove = {}
+    for g, keep in best.items():
+        if keep < units[g]:
+            order = np.argsort(scores[g], kind="stable")
+            remove[g] = np.sort(order[: units[g] - keep])
+    return Choice(remove, reached(best))
+
+
+Kept = dict[int, int]
+
+
+def _between(low: Kept, high: Kept, miss: Callable[[Kept], float]) -> Kept:
+    """Take groups over from low to high, one by one, and stop where the budget is met best."""
+    differ = [g for g in high if low.get(g) != high[g]]
+    a, b = 0, len(differ)
+    while b - a > 1:
+        middle = (a + b) // 2
+        if miss(low | {g: high[g] for g in differ[:middle]}) < 0:
+            a = middle
+        else:
+            b = middle
+    return min((low | {g: high[g] for g in differ[:k]} for k in (a, b)), key=lambda kept: abs(miss(kept)))
+
+
+def _nudge(kept: Kept, units: Mapping[int, int], limits: Limits, miss: Callable[[Kept], float], free: set[int]) -> Kept:
+    """Single units more or less, while the budget is missed by more than a fifth of a point and a step helps."""
+    for _ in range(8):
+        gap = miss(kept)
+        if abs(gap) < 2e-3:
+            break
+        step = limits.align if gap > 0 else -limits.align
+        options: list[Kept] = []
+        for g in sorted(free & set(kept))[:256]:
+            keep = kept[g] + step
+            if keep <= units[g] and keep >= limits.kept(units[g], 1.0):
+                options.append(kept | {g: keep})
+        closest = min(options, key=lambda k: abs(miss(k)), default=kept)
+        if abs(miss(closest)) >= abs(gap):
+            break
+        kept = closest
+    return kept
+
+
+def check_ratio(ratio: float) -> float:
+    if not 0 < ratio < 1:
+        raise OnnxPruneError(f"the ratio is {ratio}; it is the share to remove and must lie between 0 and 1")
+    return ratio
+
+
+def check_budget(of: str) -> str:
+    known: Sequence[str] = ("macs", "params", "channels")
+    if of not in known:
+        raise OnnxPruneError(f"no budget is named '{of}'; there are: {', '.join(known)}")
+    return of

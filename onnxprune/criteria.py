@@ -1,0 +1,132 @@
+"""Step 4: one score per unit; the lowest go first.
+
+A criterion is a function (model, group, rng) -> array (units,), registered under a name:
+
+    @criterion("largest")
+    def largest(model, group, rng):
+        return reduce_members(model, group, lambda rows: np.abs(rows).max(axis=1), np.maximum)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+
+import numpy as np
+
+from onnxprune.errors import OnnxPruneError
+from onnxprune.grouping import Group, Member
+from onnxprune.importer import FLOATS, Model
+
+Criterion = Callable[[Model, Group, np.random.Generator], np.ndarray]
+_CRITERIA: dict[str, Criterion] = {}
+
+
+def criterion(name: str) -> Callable[[Criterion], Criterion]:
+    """Register a criterion under a name that `--criterion` takes."""
+
+    def register(function: Criterion) -> Criterion:
+        _CRITERIA[name] = function
+        return function
+
+    return register
+
+
+def names() -> list[str]:
+    return sorted({*_CRITERIA, *(e.name for e in entry_points(group="onnxprune.criteria"))})
+
+
+def get(name: str) -> Criterion:
+    """The criterion of that name, registered here or by an entry point of group `onnxprune.criteria`."""
+    if name not in _CRITERIA:
+        for entry in entry_points(group="onnxprune.criteria"):
+            if entry.name == name:
+                _CRITERIA[name] = entry.load()
+    if name not in _CRITERIA:
+        raise OnnxPruneError(f"no criterion is named '{name}'; there are: {', '.join(names())}")
+    return _CRITERIA[name]
+
+
+def weights(model: Model, group: Group) -> list[Member]:
+    """The members that are layers' weights (two axes or more above size 1 or a depthwise kernel); all where there are none."""
+    floats = [m for m in group.members if model.tensors[m.tensor].data_type in FLOATS]
+    layers = [m for m in floats if len(model.tensors[m.tensor].dims) > 1 and max(model.tensors[m.tensor].dims) > 1]
+    return layers or floats
+
+
+def rows(model: Model, member: Member) -> np.ndarray:
+    """The slices of one member, float32 (units, elements of a unit)."""
+    array = np.moveaxis(model.array(member.tensor), member.axis, 0)
+    return array[member.indices.ravel()].reshape(len(member.indices), -1).astype(np.float32, copy=False)
+
+
+def _along(model: Model, member: Member, power: int) -> np.ndarray:
+    """Σ|w|^power of every index along the member's axis, (units,)."""
+    array = model.array(member.tensor)
+    array = array.astype(np.float32) if array.dtype != np.float32 else array
+    flat = array.reshape(int(np.prod(array.shape[: member.axis])), array.shape[member.axis], -1)
+    if power == 2:
+        sums = np.einsum("ijk,ijk->j", flat, flat)
+    else:
+        sums = np.zeros(flat.shape[1], np.float64)
+        for part in flat:
+            sums += np.abs(part).sum(axis=1, dtype=np.float32)
+    return np.asarray(sums[member.indices].sum(axis=1), np.float64)
+
+
+def normalized(scores: np.ndarray) -> np.ndarray:
+    """Divided by the group's mean, so that groups compare (SPA, Structurally Prune Anything, arXiv:2403.18955)."""
+    mean = float(scores.mean()) if scores.size else 0.0
+    return scores / mean if mean > 0 else np.ones_like(scores)
+
+
+@criterion("random")
+def random(model: Model, group: Group, rng: np.random.Generator) -> np.ndarray:
+    """Uniform noise: the baseline of every comparison."""
+    return rng.random(group.units)
+
+
+@criterion("l1")
+def l1(model: Model, group: Group, rng: np.random.Generator) -> np.ndarray:
+    """Σ|w| over all slices where the unit lives (Li et al. 2017), mean of the group 1."""
+    return normalized(sum((normalized(_along(model, m, 1)) for m in weights(model, group)), np.zeros(group.units)))
+
+
+@criterion("l2")
+def l2(model: Model, group: Group, rng: np.random.Generator) -> np.ndarray:
+    """√Σw² a slice, summed over all slices where the unit lives, mean of the group 1."""
+    total = sum((normalized(np.sqrt(_along(model, m, 2))) for m in weights(model, group)), np.zeros(group.units))
+    return normalized(total)
+
+
+@criterion("bn-scale")
+def bn_scale(model: Model, group: Group, rng: np.random.Generator) -> np.ndarray:
+    """|γ| of the batch norms that the unit passes (Liu et al. 2017, network slimming); l2 where there is none."""
+    scales = {n.input[1] for n in model.nodes if n.op_type == "BatchNormalization"}
+    found = [m for m in group.members if m.tensor in scales]
+    if not found:
+        return l2(model, group, rng)
+    return normalized(sum((_along(model, m, 1) for m in found), np.zeros(group.units)))
+
+
+@criterion("fpgm")
+def fpgm(model: Model, group: Group, rng: np.random.Generator) -> np.ndarray:
+    """Distance to all other units of the group: small near the geometric median (He et al. 2019)."""
+    total = np.zeros(group.units)
+    for member in weights(model, group):
+        slices = rows(model, member)
+        squares = np.einsum("ij,ij->i", slices, slices)
+        gaps = squares[:, None] + squares[None, :] - 2 * (slices @ slices.T)
+        total += normalized(np.sqrt(np.maximum(gaps, 0)).sum(axis=1).astype(np.float64))
+    return normalized(total)
+
+
+@criterion("lamp")
+def lamp(model: Model, group: Group, rng: np.random.Generator) -> np.ndarray:
+    """w²ᵤ over the sum of w² of all units not smaller (Lee et al. 2021, layer-adaptive magnitude)."""
+    squares = sum((_along(model, m, 2) for m in weights(model, group)), np.zeros(group.units))
+    order = np.argsort(squares, kind="stable")
+    tail = np.cumsum(squares[order][::-1])[::-1]
+    scores = np.empty(group.units)
+    scores[order] = squares[order] / np.maximum(tail, np.finfo(np.float64).tiny)
+    return scores

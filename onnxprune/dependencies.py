@@ -1,0 +1,118 @@
+"""Step 2: every node says how the axes it touches relate; together they are the dependency graph."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import onnxprune.rules  # noqa: F401  (registers the rules)
+from onnxprune.importer import Model, captured, load
+from onnxprune.relations import Axis, Concat, Fixed, Mend, Product, Relation, Same, Site, Statistics, rule_of
+
+if TYPE_CHECKING:
+    import networkx as nx
+    from onnx import ModelProto
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """All relations between the axes of a model's values, and what has to be mended where an axis shrinks.
+
+    sizes: of the axes that only rules know (parts and factors), by name.
+    """
+
+    relations: list[Relation]
+    mends: list[Mend]
+    sizes: dict[str, int]
+
+
+def relate(model: Model, allow_io: Sequence[str] = ()) -> Dependencies:
+    """Ask the rule of every node; what no rule speaks of is fixed."""
+    relations: list[Relation] = []
+    mends: list[Mend] = []
+    sizes: dict[str, int] = {}
+    for index, node in enumerate(model.nodes):
+        if node.op_type == "Constant":
+            if node.output[0] not in model.tensors:
+                _fix(relations, model, node.output, "a constant without a tensor")
+            continue
+        outside = captured(node)
+        rule = rule_of(node)
+        site = Site(index, node, model.opsets.get(node.domain or "ai.onnx", 1), model.shapes, model.folded, sorted(outside))
+        unknown = [n for n in (*node.input, *node.output) if n and n not in model.shapes]
+        if rule is None or outside:
+            site.fixed([a for axes in (*site.x, *site.y) for a in axes], f"no rule for operator {node.op_type}")
+        elif node.input and node.input[0] in unknown or node.output[0] in unknown:
+            site.fixed([a for axes in (*site.x, *site.y) for a in axes], "its shape is unknown")
+        else:
+            try:
+                rule(site)
+            except (IndexError, KeyError, ValueError, TypeError, ZeroDivisionError, AttributeError):
+                # a node that does not follow its specification: nothing of it may change
+                site.relations, site.mends = [], []
+                site.fixed([a for axes in (*site.x, *site.y) for a in axes], f"{node.op_type} with odd inputs")
+        site.fixed(site.outside, f"read inside {node.op_type}")
+        said = site.mentioned()
+        for axes in (*site.x, *site.y):
+            forgotten = [a for a in axes if a not in said and site.size(a) != 1]
+            site.fixed(forgotten, f"the rule of {node.op_type} leaves it")
+        relations += site.relations
+        mends += site.mends
+        sizes |= site.sizes
+    for kind, names in (("input", model.inputs), ("output", model.outputs)):
+        for name in names:
+            if not any(fnmatch.fnmatch(name, pattern) for pattern in allow_io):
+                _fix(relations, model, [name], f"graph {kind} '{name}'")
+    return Dependencies(relations, mends, sizes)
+
+
+def _fix(relations: list[Relation], model: Model, names: Sequence[str], reason: str) -> None:
+    relations.extend(Fixed((n, i), reason) for n in names for i in range(len(model.shapes.get(n, ()))))
+
+
+def dependency_graph(
+    model: str | os.PathLike[str] | ModelProto | Model,
+    feeds: Mapping[str, np.ndarray] | None = None,
+    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> nx.MultiDiGraph:
+    """The axes of every value as nodes "value:axis" and their relations as edges, ready for networkx's exports.
+
+    Nodes have `size`, and where they apply `fixed` (the reason) and `statistics`; edges have `relation` (same, concat or
+    product) and, from whole to part, `position`.
+
+    >>> graph = dependency_graph("model.onnx")                      # doctest: +SKIP
+    >>> networkx.write_graphml(graph, "model.graphml")              # doctest: +SKIP
+    """
+    import networkx as nx
+
+    loaded = model if isinstance(model, Model) else load(model, feeds, input_shapes)
+    found = relate(loaded)
+    graph = nx.MultiDiGraph()
+
+    def label(axis: Axis) -> str:
+        return f"{axis[0]}:{axis[1]}"
+
+    for name, shape in loaded.shapes.items():
+        graph.add_nodes_from((f"{name}:{i}", {"size": int(size)}) for i, size in enumerate(shape))
+    graph.add_nodes_from((f"{name}:0", {"size": size}) for name, size in found.sizes.items())
+    for relation in found.relations:
+        match relation:
+            case Same(a, b):
+                graph.add_edge(label(a), label(b), relation="same")
+            case Concat(whole, parts):
+                for i, part in enumerate(parts):
+                    graph.add_edge(label(whole), label(part), relation="concat", position=i)
+            case Product(left, right) if left != right:
+                for i, one in enumerate(left):
+                    for j, other in enumerate(right):
+                        graph.add_edge(label(one), label(other), relation="product", position=i + j)
+            case Fixed(axis, reason):
+                graph.add_node(label(axis), fixed=reason)
+            case Statistics(axis):
+                graph.add_node(label(axis), statistics=True)
+    return graph

@@ -1,0 +1,212 @@
+"""Step 3: solve the relations into groups of coupled units, and where each unit lives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from onnxprune import layouts
+from onnxprune.dependencies import Dependencies, relate
+from onnxprune.importer import FLOATS, Model
+from onnxprune.layouts import Dim, Layout, find, freeze
+from onnxprune.relations import Axis, Concat, Fixed, Product, Same, Statistics
+
+
+@dataclass(frozen=True)
+class Member:
+    """One place of a group: indices (units, places a unit) along one axis of one of the file's tensors."""
+
+    tensor: str
+    axis: int
+    indices: np.ndarray
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that live in the same places in the same way; any of them may go."""
+
+    id: int
+    units: int
+    kind: str
+    statistics: bool
+    members: tuple[Member, ...]
+    leaves: tuple[Dim, ...] = field(repr=False, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        members = [{"tensor": m.tensor, "axis": m.axis, "indices": m.indices.tolist()} for m in self.members]
+        return {"id": self.id, "units": self.units, "kind": self.kind, "statistics": self.statistics, "members": members}
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """The groups of a model, what is fixed and why, and the layout of every axis in terms of the groups' units."""
+
+    model: Model
+    dependencies: Dependencies
+    groups: tuple[Group, ...]
+    fixed: tuple[tuple[str, int, str], ...]
+    dims: Mapping[Axis, Dim] = field(repr=False)
+
+    def layout(self, axis: Axis) -> Layout:
+        return layouts.resolve(self.dims[axis]) if axis in self.dims else []
+
+    def to_json(self) -> dict[str, Any]:
+        """The `groups --json` format of docs/formats.md, in the file's own tensors."""
+        return {
+            "format": 1,
+            "model": self.model.name,
+            "groups": [group.to_json() for group in self.groups],
+            "fixed": [{"tensor": t, "axis": a, "reason": r} for t, a, r in self.fixed],
+        }
+
+
+def group(model: Model, allow_io: Sequence[str] = ()) -> Grouping:
+    """Solve a model's axes into groups."""
+    dependencies = relate(model, allow_io)
+    dims = solve(model, dependencies)
+    return collect(model, dependencies, dims)
+
+
+def solve(model: Model, dependencies: Dependencies) -> dict[Axis, Dim]:
+    """A Dim for every axis that a relation speaks of, so that all relations hold."""
+    dims: dict[Axis, Dim] = {}
+
+    def dim(axis: Axis) -> Dim:
+        if axis not in dims:
+            size = dependencies.sizes[axis[0]] if axis[0] in dependencies.sizes else model.shapes[axis[0]][axis[1]]
+            dims[axis] = Dim(size, "an axis of size 1" if size == 1 and axis[0] not in dependencies.sizes else "")
+        return dims[axis]
+
+    structural: list[Concat | Product] = []
+    statistics: list[Axis] = []
+    fixed: list[Fixed] = []
+    for relation in dependencies.relations:
+        match relation:
+            case Same(a, b):
+                layouts.bind(dim(a), [[dim(b)]]) if find(dim(a)) is not find(dim(b)) else None
+            case Fixed():
+                fixed.append(relation)
+            case Statistics(axis):
+                statistics.append(axis)
+                dim(axis)
+            case _:
+                structural.append(relation)
+    for relation in fixed:
+        freeze(dim(relation.axis), relation.reason)
+    seen = set()
+    for relation in structural:
+        if isinstance(relation, Product):
+            left, right = [dim(a) for a in relation.left], [dim(a) for a in relation.right]
+            key = (tuple(find(d).number for d in left), tuple(find(d).number for d in right))
+            if left != right and key not in seen:
+                layouts.product(left, right, "its reshapes do not fit together")
+        else:
+            whole, parts = dim(relation.whole), [dim(a) for a in relation.parts]
+            key = ((find(whole).number,), tuple(find(d).number for d in parts))
+            if key not in seen:
+                layouts.concat(whole, parts)
+        seen.add(key)
+    _keep_axes_whole(dims, dependencies.sizes)
+    return dims
+
+
+def _roots(dims: Mapping[Axis, Dim]) -> dict[Dim, list[Axis]]:
+    roots: dict[Dim, list[Axis]] = {}
+    for axis, dim in dims.items():
+        roots.setdefault(find(dim), []).append(axis)
+    return roots
+
+
+def _keep_axes_whole(dims: Mapping[Axis, Dim], inner: Mapping[str, int]) -> None:
+    """A unit that is all of some axis cannot go: an axis cannot become empty."""
+    for root, axes in _roots(dims).items():
+        if all(name in inner for name, _ in axes):
+            continue  # a part or factor that only a rule knows, such as padding, may become empty
+        layout = layouts.resolve(root)
+        common = set.intersection(*[{find(d) for d in segment} for segment in layout]) if layout else set()
+        for dim in common:
+            if dim.size == 1:
+                freeze(dim, "all of an axis")
+
+
+def collect(model: Model, dependencies: Dependencies, dims: Mapping[Axis, Dim]) -> Grouping:
+    """Groups out of the solved axes: leaves that live in the same way together form one."""
+    roots = _roots(dims)
+    marked = {r.axis for r in dependencies.relations if isinstance(r, Statistics)}
+    statistical: set[Dim] = set()
+    roles: dict[Dim, list[tuple[int, ...]]] = {}
+    places: dict[Dim, list[tuple[str, int, np.ndarray]]] = {}
+    for root, axes in roots.items():
+        layout = layouts.resolve(root)
+        constant = [a for a in axes if a[0] in model.tensors]
+        if any(axis in marked for axis in axes):
+            statistical |= layouts.leaves(layout)
+        for number, leaf, role in _roles(layout):
+            roles.setdefault(leaf, []).append((root.number, number, *role))
+        if constant:
+            for leaf, indices in layouts.positions(layout).items():
+                places.setdefault(leaf, []).extend((name, axis, indices) for name, axis in constant)
+    families: dict[tuple[object, ...], list[Dim]] = {}
+    for leaf in sorted(roles, key=lambda d: d.number):
+        if leaf.reason:
+            continue
+        if leaf not in places:
+            freeze(leaf, "no tensor of the file carries it")
+            continue
+        families.setdefault((leaf in statistical, *sorted(roles[leaf])), []).append(leaf)
+    groups = []
+    order = {name: i for i, name in enumerate(model.tensors)}
+    for family in families.values():
+        units = sum(leaf.size for leaf in family)
+        if units < 2:
+            freeze(family[0], "a single unit")
+            continue
+        tables = [sorted(places[leaf], key=lambda p: (order[p[0]], p[1])) for leaf in family]
+        members = []
+        for rows in zip(*tables, strict=True):
+            name, axis, _ = rows[0]
+            members.append(Member(name, axis, np.concatenate([r[2] for r in rows]) if len(rows) > 1 else rows[0][2]))
+        groups.append(Group(0, units, "channel", family[0] in statistical, tuple(members), tuple(family)))
+    groups.sort(key=lambda g: min(order[m.tensor] for m in g.members))
+    numbered = tuple(replace(g, id=i) for i, g in enumerate(groups))
+    return Grouping(model, dependencies, numbered, _fixed(model, dims), dims)
+
+
+def _roles(layout: Layout) -> list[tuple[int, Dim, tuple[int, ...]]]:
+    """For each leaf in a layout: how often a segment repeats its kind, and the factors around it."""
+    found = []
+    for segment in layout:
+        numbers = [find(d).number for d in segment]
+        for i, dim in enumerate(segment):
+            dim = find(dim)
+            around = (i, *numbers[:i], -1, *numbers[i + 1 :])
+            if dim.layout is None:
+                found.append((dim.size if len(segment) > 1 else 0, dim, around))
+            else:
+                found += [(n, leaf, (*around, *role)) for n, leaf, role in _roles(dim.layout)]
+    return found
+
+
+def without(grouping: Grouping, ids: Mapping[int, str]) -> Grouping:
+    """The grouping with some groups frozen, each for a reason."""
+    for one in grouping.groups:
+        if one.id in ids:
+            for leaf in one.leaves:
+                freeze(leaf, ids[one.id])
+    kept = tuple(g for g in grouping.groups if g.id not in ids)
+    return replace(grouping, groups=kept, fixed=_fixed(grouping.model, grouping.dims))
+
+
+def _fixed(model: Model, dims: Mapping[Axis, Dim]) -> tuple[tuple[str, int, str], ...]:
+    found = []
+    for (name, axis), dim in dims.items():
+        tensor = model.tensors.get(name)
+        if tensor is None or tensor.data_type not in FLOATS or tensor.dims[axis] < 2:
+            continue
+        frozen = sorted((d for d in layouts.leaves(layouts.resolve(dim)) if d.reason), key=lambda d: d.number)
+        if frozen:
+            found.append((name, axis, frozen[0].reason))
+    return tuple(found)

@@ -1,0 +1,289 @@
+"""Step 7: slice every tensor, mend every number that says a size, and leave a dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+from onnxprune import layouts
+from onnxprune.errors import OnnxPruneError
+from onnxprune.grouping import Grouping
+from onnxprune.importer import Model, captured
+from onnxprune.layouts import Dim, find
+from onnxprune.relations import Axis, Mend
+from onnxprune.shapes import Folded, fold
+
+Remove = Mapping[int, np.ndarray]
+
+
+class Widths:
+    """Which indices of every axis stay."""
+
+    def __init__(self, grouping: Grouping, remove: Remove) -> None:
+        self.grouping = grouping
+        self._kept: dict[Dim, np.ndarray] = {}
+        for group in grouping.groups:
+            if len(remove.get(group.id, ())):
+                mask = np.ones(group.units, bool)
+                mask[np.asarray(remove[group.id])] = False
+                start = 0
+                for leaf in group.leaves:
+                    self._kept[leaf] = mask[start : start + leaf.size]
+                    start += leaf.size
+        self._masks: dict[Dim, np.ndarray | None] = {}
+
+    def mask(self, axis: Axis) -> np.ndarray | None:
+        """(size,) bool; None where all stay."""
+        dim = self.grouping.dims.get(axis)
+        if dim is None:
+            return None
+        root = find(dim)
+        if root not in self._masks:
+            layout = layouts.resolve(root)
+            touched = any(leaf in self._kept for leaf in layouts.leaves(layout))
+            mask = layouts.alive(layout, self._kept) if touched else None
+            self._masks[root] = None if mask is None or mask.all() else mask
+        return self._masks[root]
+
+    def size(self, axis: Axis) -> int:
+        mask = self.mask(axis)
+        return int(mask.sum()) if mask is not None else self.full(axis)
+
+    def full(self, axis: Axis) -> int:
+        sizes = self.grouping.dependencies.sizes
+        return sizes[axis[0]] if axis[0] in sizes else self.grouping.model.shapes[axis[0]][axis[1]]
+
+
+def rewrite(grouping: Grouping, remove: Remove, arrays: Mapping[str, np.ndarray] | None = None) -> ModelProto:
+    """The model without the removed units; `arrays` replaces tensors' values before they are sliced.
+
+    Raises OnnxPruneError (exit code 4) where a size that the model computes at run time cannot follow.
+    """
+    model, widths = grouping.model, Widths(grouping, remove)
+    tensors = {name: _sliced(model, name, widths, arrays or {}) for name in model.tensors}
+    nodes = []
+    for node in model.nodes:
+        copy = NodeProto()
+        if node.op_type == "Constant" and node.output[0] in tensors:
+            copy = helper.make_node("Constant", [], list(node.output), name=node.name, doc_string=node.doc_string)
+            copy.attribute.append(AttributeProto(name="value", type=AttributeProto.TENSOR, t=tensors[node.output[0]]))
+        else:
+            copy.CopyFrom(node)
+        nodes.append(copy)
+    shapes = {v: tuple(widths.size((v, i)) for i in range(len(s))) for v, s in model.shapes.items()}
+    static = {v: tuple(True for _ in s) for v, s in shapes.items()}
+    editor = _Editor(model, widths, nodes, tensors, fold(nodes, tensors, shapes, static))
+    for mend in grouping.dependencies.mends:
+        editor.mend(mend)
+    editor.keep_data()
+    return _assemble(model, widths, editor)
+
+
+def _sliced(model: Model, name: str, widths: Widths, arrays: Mapping[str, np.ndarray]) -> TensorProto:
+    tensor = model.tensors[name]
+    masks = [(i, m) for i in range(len(tensor.dims)) if (m := widths.mask((name, i))) is not None]
+    if not masks and name not in arrays:
+        return tensor
+    array = arrays[name] if name in arrays else model.array(name)
+    for axis, mask in masks:
+        array = np.compress(mask, array, axis=axis)
+    sliced = numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), tensor.name)
+    sliced.data_type = tensor.data_type
+    sliced.doc_string = tensor.doc_string
+    return sliced
+
+
+class _Editor:
+    """Changes nodes' attributes and inputs; constants that several nodes read are never changed in place."""
+
+    def __init__(
+        self, model: Model, widths: Widths, nodes: list[NodeProto], tensors: dict[str, TensorProto], now: dict[str, Folded]
+    ) -> None:
+        self.model, self.widths, self.nodes, self.tensors, self.now = model, widths, nodes, tensors, now
+        self.before: dict[int, list[NodeProto]] = {}
+        self.added: list[TensorProto] = []
+        self.handled: set[tuple[int, int]] = set()
+        self._taken = set(model.shapes) | set(model.tensors) | {o for n in nodes for o in n.output}
+
+    def mend(self, mend: Mend) -> None:
+        node = self.nodes[mend.node]
+        if isinstance(mend.where, int):
+            self.handled.add((mend.node, mend.where))
+        if mend.take is not None:
+            self._take(mend.node, mend.take)
+            return
+        changed = {
+            k: sum(self.widths.size(a) for a in axes)
+            for k, axes in mend.amounts.items()
+            if any(self.widths.size(a) != self.widths.full(a) for a in axes)
+            or (k in mend.when and self.widths.mask(mend.when[k]) is not None)
+        }
+        if isinstance(mend.where, str):
+            if changed:
+                self._attribute(node, mend.where, mend.amounts, changed)
+        elif mend.where < len(node.input) and node.input[mend.where]:
+            self._input(mend.node, mend.where, changed)
+        elif changed and node.op_type == "Split":
+            sizes = [self.widths.size(a) for axes in mend.amounts.values() for a in axes]
+            for i, attribute in reversed(list(enumerate(node.attribute))):
+                if attribute.name == "num_outputs":
+                    del node.attribute[i]
+            node.input.append(self._constant(np.array(sizes, np.int64), "split"))
+
+    def _attribute(self, node: NodeProto, name: str, amounts: Mapping[int, tuple[Axis, ...]], changed: dict[int, int]) -> None:
+        for attribute in node.attribute:
+            if attribute.name == name:
+                if attribute.type == AttributeProto.INT:
+                    attribute.i = changed[0]
+                else:
+                    for k, value in changed.items():
+                        attribute.ints[k] = value
+                return
+        sizes = [sum(self.widths.size(a) for a in axes) for axes in amounts.values()]
+        node.attribute.append(helper.make_attribute(name, sizes))
+
+    def _input(self, index: int, position: int, changed: dict[int, int]) -> None:
+        node = self.nodes[index]
+        name = node.input[position]
+        original = self.model.folded.get(name)
+        if original is None:
+            if changed:
+                raise _unable(node)
+            return
+        wanted = np.ravel(original.number).astype(np.int64).copy()
+        for k, value in changed.items():
+            wanted[k] = value
+        current = self.now.get(name)
+        found = np.ravel(current.number).astype(np.int64) if current is not None else None
+        if found is None or found.shape != wanted.shape:
+            raise _unable(node)
+        dynamic = np.ravel(original.dynamic)
+        for k in range(len(wanted)):  # what is computed from a shape and not mended follows by itself
+            if k not in changed and (dynamic[k] or original.from_shape):
+                wanted[k] = found[k]
+        wrong = wanted != found
+        if not wrong.any():
+            return
+        if (wrong & dynamic).any():
+            raise _unable(node)
+        if not dynamic.any():
+            node.input[position] = self._constant(wanted.reshape(original.number.shape), name)
+            return
+        mask, fresh = self._constant(~dynamic, "static"), self._constant(wanted, name)
+        out = self._name(name)
+        self.before.setdefault(index, []).append(helper.make_node("Where", [mask, fresh, name], [out], name=out))
+        node.input[position] = out
+
+    def _take(self, index: int, axes: tuple[Axis, Axis]) -> None:
+        source, result = self.widths.mask(axes[0]), self.widths.mask(axes[1])
+        if source is None and result is None:
+            return
+        node = self.nodes[index]
+        number = self.model.folded[node.input[1]].number
+        picked = number.astype(np.int64) % self.widths.full(axes[0])
+        if source is not None:
+            place = np.cumsum(source) - 1
+            picked = place[picked]
+        if result is not None:
+            picked = picked[result]
+        node.input[1] = self._constant(picked.astype(number.dtype), node.input[1])
+
+    def keep_data(self) -> None:
+        """A size that reaches data (an attention scale) keeps its original number."""
+        for index, node in enumerate(self.nodes):
+            if node.op_type in ("Shape", "Size") or all(o in self.model.folded for o in node.output if o):
+                continue
+            for position, name in enumerate(node.input):
+                old = self.model.folded.get(name)
+                if old is None or not old.from_shape or (index, position) in self.handled:
+                    continue
+                new = self.now.get(name)
+                if new is not None and np.array_equal(new.number, old.number):
+                    continue
+                if old.dynamic.any():
+                    raise _unable(node)
+                node.input[position] = self._constant(old.number, name)
+
+    def _name(self, base: str) -> str:
+        k = 0
+        while f"{base}_pruned{k or ''}" in self._taken:
+            k += 1
+        name = f"{base}_pruned{k or ''}"
+        self._taken.add(name)
+        return name
+
+    def _constant(self, array: np.ndarray, base: str) -> str:
+        name = self._name(base)
+        self.added.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
+        return name
+
+
+def _unable(node: NodeProto) -> OnnxPruneError:
+    return OnnxPruneError(
+        f"node '{node.name or node.output[0]}' ({node.op_type}) takes a size from run time that pruning changes; "
+        "leave its layers out with --exclude",
+        4,
+    )
+
+
+def _assemble(model: Model, widths: Widths, editor: _Editor) -> ModelProto:
+    """The new ModelProto: what nothing reads is gone, everything else is as it was."""
+    nodes: list[NodeProto] = []
+    for index, node in enumerate(editor.nodes):
+        nodes += [*editor.before.get(index, []), node]
+    needed, alive = set(model.outputs), []
+    for node in reversed(nodes):
+        if any(o in needed for o in node.output):
+            alive.append(node)
+            needed |= set(node.input) | captured(node)
+    source, out = model.proto, ModelProto()
+    for one, value in source.ListFields():
+        if one.name not in ("graph", "functions", "training_info"):
+            _copy_field(out, one.name, value)
+    graph = out.graph
+    for one, value in source.graph.ListFields():
+        if one.name not in ("node", "initializer", "value_info", "input", "output"):
+            _copy_field(graph, one.name, value)
+    graph.node.extend(reversed(alive))
+    for tensor in source.graph.initializer:
+        if tensor.name in needed:
+            graph.initializer.append(editor.tensors[tensor.name])
+    graph.initializer.extend(t for t in editor.added if t.name in needed)
+    made = {o for n in alive for o in n.output}
+    for values, target in ((source.graph.input, graph.input), (source.graph.output, graph.output)):
+        for value in values:
+            if value.name in needed or value.name not in model.tensors:
+                target.append(_resized(value, model, widths) or value)
+    for value in source.graph.value_info:
+        if value.name in made or value.name in needed:
+            resized = _resized(value, model, widths)
+            if resized is not None:
+                graph.value_info.append(resized)
+    return out
+
+
+def _copy_field(target: ModelProto | GraphProto, name: str, value: object) -> None:
+    if hasattr(value, "MergeFrom"):
+        getattr(target, name).MergeFrom(value)
+    elif isinstance(value, str | int | float | bytes):
+        setattr(target, name, value)
+    else:
+        getattr(target, name).extend(value)
+
+
+def _resized(value: ValueInfoProto, model: Model, widths: Widths) -> ValueInfoProto | None:
+    """The value's declared shape with its new sizes; None where the declaration was stale."""
+    dims = value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else []
+    shape = model.shapes.get(value.name)
+    if shape is None or not dims:
+        return value
+    if len(dims) != len(shape) or any(d.dim_value and d.dim_value != s for d, s in zip(dims, shape, strict=True)):
+        return None
+    copy = ValueInfoProto()
+    copy.CopyFrom(value)
+    for i, dim in enumerate(copy.type.tensor_type.shape.dim):
+        if widths.mask((value.name, i)) is not None and dim.dim_value:
+            dim.dim_value = widths.size((value.name, i))
+    return copy

@@ -1,0 +1,46 @@
+"""Operators that compute each output element from the input elements at the same place, with ONNX broadcasting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onnxprune.relations import Axis, Site, rule
+
+
+def broadcast(site: Site, inputs: Sequence[Sequence[Axis]], output: Sequence[Axis]) -> None:
+    """Shapes align at the last axis; an input axis of size 1 is repeated (ONNX's Broadcasting.md)."""
+    for axes in inputs:
+        site.same_all(list(axes)[::-1], list(output)[::-1])
+
+
+@rule(
+    *"Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid HardSwish".split(),
+    *"Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh".split(),
+    *"Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast Clip".split(),
+)
+def unary(site: Site) -> None:
+    site.same_all(site.x[0], site.y[0])
+
+
+@rule(
+    *"Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min".split(),
+    *"Mod Mul Or Pow PRelu Sub Sum Where Xor".split(),
+)
+def variadic(site: Site) -> None:
+    axes = site.x
+    if site.opset < 7 and site.get("broadcast"):  # the second input stands at `axis` of the first
+        start = site.get("axis", len(site.x[0]) - len(site.x[1]))
+        site.same_all(site.x[1], site.x[0][start:])
+        axes = site.x[:1]
+    broadcast(site, axes, site.y[0])
+
+
+@rule("CastLike")
+def cast_like(site: Site) -> None:
+    site.same_all(site.x[0], site.y[0])
+
+
+@rule("Dropout")
+def dropout(site: Site) -> None:
+    for output in site.y:
+        site.same_all(site.x[0], output)

@@ -1,0 +1,108 @@
+"""Layers with weights: convolutions, matrix products, Einsum."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+
+from onnxprune.relations import Axis, Site, rule
+
+
+def grouped(site: Site, whole: Axis, groups: Axis, inner: Axis) -> None:
+    """whole = groups × inner, outermost first."""
+    if site.size(groups) == 1:
+        site.same(whole, inner)
+    elif site.size(inner) == 1:
+        site.same(whole, groups)
+    else:
+        site.product([whole], [groups, inner])
+
+
+def convolve(site: Site, image: Sequence[Axis], result: Sequence[Axis]) -> None:
+    site.same_all(image[:1], result[:1])
+    site.fixed([*image[2:], *result[2:]], "spatial axis")
+
+
+@rule("Conv")
+def conv(site: Site) -> None:
+    """x (N, groups·i, …), w (groups·o, i, kernel…), b (groups·o) -> y (N, groups·o, …)."""
+    x, w, y = site.x[0], site.x[1], site.y[0]
+    groups = site.new(site.get("group", 1))
+    outputs = site.new(site.size(w[0]) // site.size(groups))
+    grouped(site, x[1], groups, w[1])
+    grouped(site, w[0], groups, outputs)
+    site.same(w[0], y[1])
+    if site.has(2):
+        site.same(site.x[2][0], y[1])
+    convolve(site, x, y)
+    site.fixed(w[2:], "kernel axis")
+    if site.size(groups) > 1:
+        site.mend("group", {0: [groups]})
+
+
+@rule("ConvTranspose")
+def conv_transpose(site: Site) -> None:
+    """x (N, groups·i, …), w (groups·i, o, kernel…), b (groups·o) -> y (N, groups·o, …)."""
+    x, w, y = site.x[0], site.x[1], site.y[0]
+    groups = site.new(site.get("group", 1))
+    inputs = site.new(site.size(w[0]) // site.size(groups))
+    site.same(x[1], w[0])
+    grouped(site, w[0], groups, inputs)
+    grouped(site, y[1], groups, w[1])
+    if site.has(2):
+        site.same(site.x[2][0], y[1])
+    convolve(site, x, y)
+    site.fixed(w[2:], "kernel axis")
+    if site.size(groups) > 1:
+        site.mend("group", {0: [groups]})
+
+
+@rule("Gemm")
+def gemm(site: Site) -> None:
+    """A (M, K) or its transpose, B (K, N) or its transpose, C broadcast to (M, N)."""
+    a = site.x[0][::-1] if site.get("transA", 0) else site.x[0]
+    b = site.x[1][::-1] if site.get("transB", 0) else site.x[1]
+    site.same(a[1], b[0])
+    site.same(a[0], site.y[0][0])
+    site.same(b[1], site.y[0][1])
+    if site.has(2):
+        site.same_all(site.x[2][::-1], site.y[0][::-1])
+
+
+@rule("MatMul")
+def matmul(site: Site) -> None:
+    """numpy.matmul: (…, M, K) by (…, K, N), leading axes broadcast; an operand of rank 1 is a row or a column."""
+    a, b, y = site.x[0], site.x[1], list(site.y[0])
+    site.same(a[-1], b[-2] if len(b) > 1 else b[-1])
+    if len(b) > 1:
+        site.same(b[-1], y.pop())
+    if len(a) > 1:
+        site.same(a[-2], y.pop())
+    site.same_all(a[:-2][::-1], y[::-1])
+    site.same_all(b[:-2][::-1], y[::-1])
+
+
+@rule("Einsum")
+def einsum(site: Site) -> None:
+    """Axes of one letter are the same axis; an ellipsis stands for broadcast leading axes."""
+    equation = str(site.get("equation", "")).replace(" ", "")
+    terms, _, result = equation.partition("->")
+    inputs = terms.split(",")
+    if "->" not in equation:
+        letters = sorted(c for c in set(terms) if c in string.ascii_letters and terms.count(c) == 1)
+        result = ("..." if "..." in terms else "") + "".join(letters)
+    homes: dict[str, list[Axis]] = {}
+    for term, axes in zip([*inputs, result], [*site.x, site.y[0]], strict=True):
+        front, dots, back = term.partition("...")
+        middle = axes[len(front) : len(axes) - len(back)] if dots else []
+        for letter, axis in [*zip(front, axes, strict=False), *zip(back, axes[len(axes) - len(back) :], strict=False)]:
+            homes.setdefault(letter, []).append(axis)
+        for i, axis in enumerate(middle[::-1]):
+            homes.setdefault(f"...{i}", []).append(axis)
+    for letter, axes in homes.items():
+        wide = [a for a in axes if site.size(a) > 1]
+        for axis in wide[1:]:
+            site.same(wide[0], axis)
+        if len(wide) == 1:
+            summed = letter not in result and not letter.startswith("...")
+            site.product(wide, wide) if summed else site.fixed(wide, "an Einsum axis that only one operand has")
