@@ -74,6 +74,10 @@ def _resolve_segment(segment: Segment) -> Layout:
     flat: Segment = []
     for position, dim in enumerate(segment):
         dim = find(dim)
+        if dim.size == 1 and len(segment) > 1:  # a cut may leave factors of 1
+            freeze(dim, "an axis of size 1")
+            if flat or position + 1 < len(segment):
+                continue
         if dim.layout is None:
             flat.append(dim)
             continue
@@ -95,15 +99,20 @@ def bind(dim: Dim, layout: Layout) -> None:
         other = find(layout[0][0])
         if other is dim:
             return
-        if dim.reason:
-            freeze(other, dim.reason)
+        circular = dim in leaves(layout)
+        if dim.reason or circular:
+            freeze(other, dim.reason or "it would be a part of itself")
+        if circular:
+            return
         dim.same = other
         return
-    if dim.reason:
+    circular = dim in leaves(layout)
+    if dim.reason or circular:
         for segment in layout:
             for part in segment:
-                freeze(part, dim.reason)
-    dim.layout = [list(segment) for segment in layout]
+                freeze(part, dim.reason or "it would be a part of itself")
+    if not circular:
+        dim.layout = [list(segment) for segment in layout]
 
 
 def unify(left: Layout, right: Layout, reason: str = "its parts do not fit together") -> None:
@@ -239,9 +248,11 @@ def _conflict(a: Segment, b: Segment, reason: str) -> tuple[Layout, Layout] | No
 
 def _unify_dims(p: Dim, q: Dim, reason: str) -> None:
     if p.layout is None:
-        bind(p, [[q]])
+        if resolve(q) != [[p]]:
+            bind(p, [[q]])
     elif q.layout is None:
-        bind(q, [[p]])
+        if resolve(p) != [[q]]:
+            bind(q, [[p]])
     else:
         unify(resolve(p), resolve(q), reason)
         if p.layout is not None and find(p) is not find(q):
@@ -267,6 +278,8 @@ def positions(layout: Layout) -> dict[Dim, np.ndarray]:
     start = 0
     for segment in layout:
         size = length(segment)
+        if not size:
+            continue
         grid = np.arange(start, start + size).reshape([d.size for d in segment])
         for axis, dim in enumerate(segment):
             rows = np.moveaxis(grid, axis, 0).reshape(dim.size, -1)

@@ -258,6 +258,12 @@ def _div(x: Numbers, a: Attributes) -> np.ndarray:
     return np.asarray(x[0] / x[1])
 
 
+def _clip(x: Numbers, a: Attributes) -> np.ndarray:
+    low = a.get("min", x[1] if len(x) > 1 else None)
+    high = a.get("max", x[2] if len(x) > 2 else None)
+    return np.asarray(x[0] if low is None and high is None else np.clip(x[0], low, high)).astype(x[0].dtype)
+
+
 def _constant_of_shape(x: Numbers, a: Attributes) -> np.ndarray:
     value = numpy_helper.to_array(a["value"]) if "value" in a else np.zeros(1, np.float32)
     return np.full(tuple(int(i) for i in x[0]), value.ravel()[0], value.dtype)
@@ -293,6 +299,11 @@ _COMPUTES: dict[str, Callable[[Numbers, Attributes], np.ndarray]] = {
     "Pow": lambda x, a: np.power(x[0], x[1]).astype(x[0].dtype),
     "Max": lambda x, a: np.maximum.reduce(np.broadcast_arrays(*x)),
     "Min": lambda x, a: np.minimum.reduce(np.broadcast_arrays(*x)),
+    "Clip": _clip,
+    "Sign": lambda x, a: np.sign(x[0]),
+    "Round": lambda x, a: np.round(x[0]),
+    "LessOrEqual": lambda x, a: x[0] <= x[1],
+    "GreaterOrEqual": lambda x, a: x[0] >= x[1],
     "Equal": lambda x, a: x[0] == x[1],
     "Less": lambda x, a: x[0] < x[1],
     "Greater": lambda x, a: x[0] > x[1],

@@ -98,9 +98,10 @@ def space_to_depth(site: Site) -> None:
 def resize(site: Site) -> None:
     """Axes that keep their size pass (a scale of 1), the others are interpolated."""
     x, y = site.x[0], site.y[0]
-    passing = [i for i in range(len(x)) if site.size(x[i]) == site.size(y[i])]
-    site.same_all([x[i] for i in passing if i < 2], [y[i] for i in passing if i < 2])
-    site.fixed([a for axes in (x, y) for i, a in enumerate(axes) if i >= 2 or i not in passing], "spatial axis")
+    shifts = site.get("coordinate_transformation_mode") in ("tf_crop_and_resize", "tf_half_pixel_for_nn")
+    passing = {i for i in range(len(x)) if site.size(x[i]) == site.size(y[i]) and (i < 2 or not shifts)}
+    site.same_all([x[i] for i in passing], [y[i] for i in passing])
+    site.fixed([a for axes in (x, y) for i, a in enumerate(axes) if i not in passing], "spatial axis")
     if site.has(3):
         axes = site.get("axes") or range(len(y))
         site.mend(3, {k: [y[a]] for k, a in enumerate(axes)})
