@@ -106,12 +106,13 @@ def bind(dim: Dim, layout: Layout) -> None:
             return
         dim.same = other
         return
-    circular = dim in leaves(layout)
-    if dim.reason or circular:
-        for segment in layout:
-            for part in segment:
-                freeze(part, dim.reason or "it would be a part of itself")
-    if not circular:
+    parts = leaves(layout)
+    if dim.reason or dim in parts:
+        for part in parts:
+            freeze(part, dim.reason or "it would be a part of itself")
+    elif all(part.reason for part in parts):  # nothing left to know: a frozen axis is not taken apart
+        dim.reason = min(parts, key=lambda part: part.number).reason
+    else:
         dim.layout = [list(segment) for segment in layout]
 
 
@@ -178,7 +179,8 @@ def _split(dim: Dim, position: int) -> tuple[Dim, Dim]:
     if dim.layout is not None:  # an inner concat: agree with what it already is
         unify([[head], [tail]], dim.layout)
         return head, tail
-    dim.layout = [[head], [tail]]
+    if not dim.reason:
+        dim.layout = [[head], [tail]]
     return head, tail
 
 
@@ -255,8 +257,6 @@ def _unify_dims(p: Dim, q: Dim, reason: str) -> None:
             bind(q, [[p]])
     else:
         unify(resolve(p), resolve(q), reason)
-        if p.layout is not None and find(p) is not find(q):
-            p.layout, p.same = None, q
 
 
 def leaves(layout: Layout) -> set[Dim]:

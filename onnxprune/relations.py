@@ -70,7 +70,7 @@ class Mend:
     """A number in a node that says the size of axes.
 
     where: an input's position or an attribute's name; amounts: {flat element: axes whose sizes it adds up}.  With `take`,
-    the input holds indices into the axis take[0] that make the axis take[1].  An element in `when` is mended
+    the input holds indices into the axis take[0] that make the axes take[1:].  An element in `when` is mended
     wherever that axis changes (a bound counted from the end), others where their amount changes.
     """
 
@@ -78,7 +78,7 @@ class Mend:
     where: int | str
     amounts: Mapping[int, tuple[Axis, ...]] = field(default_factory=dict)
     when: Mapping[int, Axis] = field(default_factory=dict)
-    take: tuple[Axis, Axis] | None = None
+    take: tuple[Axis, ...] | None = None
 
 
 class Site:

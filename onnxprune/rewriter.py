@@ -176,9 +176,9 @@ class _Editor:
         self.before.setdefault(index, []).append(helper.make_node("Where", [mask, fresh, name], [out], name=out))
         node.input[position] = out
 
-    def _take(self, index: int, axes: tuple[Axis, Axis]) -> None:
-        source, result = self.widths.mask(axes[0]), self.widths.mask(axes[1])
-        if source is None and result is None:
+    def _take(self, index: int, axes: tuple[Axis, ...]) -> None:
+        source, *results = (self.widths.mask(axis) for axis in axes)
+        if source is None and all(result is None for result in results):
             return
         node = self.nodes[index]
         number = self.model.folded[node.input[1]].number
@@ -186,8 +186,9 @@ class _Editor:
         if source is not None:
             place = np.cumsum(source) - 1
             picked = place[picked]
-        if result is not None:
-            picked = picked[result]
+        for axis, result in enumerate(results):
+            if result is not None:
+                picked = np.compress(result, picked, axis=axis)
         node.input[1] = self._constant(picked.astype(number.dtype), node.input[1])
 
     def keep_data(self) -> None:

@@ -85,6 +85,12 @@ def gather(site: Site) -> None:
     site.same_all(x[axis + 1 :], y[after:])
     site.same_all(indices, y[axis:after])
     number = site.number(1)
+    if number is not None and len(indices) > 1 and np.array_equal(np.ravel(number), np.arange(site.size(x[axis]))):
+        site.relations = [r for r in site.relations if not (hasattr(r, "a") and r.a in indices)]
+        site.fixed(indices, "indices of Gather")
+        site.product([x[axis]], y[axis:after])  # a reshape, as strided views are exported
+        site.mends.append(Mend(site.index, 1, take=(x[axis], *y[axis:after])))
+        return
     if number is None or len(indices) != 1 or site.size(x[axis]) == 1:
         site.fixed([x[axis]], "indexed by Gather")
         return
