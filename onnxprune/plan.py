@@ -1,0 +1,118 @@
+"""Step 6: the plan says which units go; it can be kept, edited and applied to a fine-tuned sister of the model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxprune.errors import OnnxPruneError
+from onnxprune.grouping import Group, Grouping
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A grouping, the units of each group that go, the options that chose them, and how much of the budget they are.
+
+    remove: {group id: unit numbers, ascending}; reached: share of the budget (0 to 1).
+    """
+
+    grouping: Grouping
+    remove: Mapping[int, np.ndarray]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reached: float = 0.0
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.grouping.groups
+
+    def to_json(self) -> dict[str, Any]:
+        """The ★ format: `groups --json` with a `remove` list on each group, the options, and the shapes of the tensors."""
+        content = self.grouping.to_json()
+        for entry in content["groups"]:
+            entry["remove"] = [int(u) for u in self.remove.get(entry["id"], ())]
+        tensors = self.grouping.model.tensors
+        named = {m.tensor for g in self.groups for m in g.members}
+        shapes = {name: list(tensors[name].dims) for name in tensors if name in named}
+        return content | {"shapes": shapes, "options": dict(self.options), "reached": round(self.reached, 6)}
+
+
+def read_plan(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """A plan's JSON content; raises OnnxPruneError where it is none."""
+    name = "the plan"
+    if isinstance(source, Mapping):
+        content: Any = dict(source)
+    else:
+        name = str(source)
+        try:
+            content = json.loads(Path(source).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise OnnxPruneError(f"{name}: cannot be read ({error.strerror}); make one with `onnxprune plan`") from error
+        except ValueError as error:
+            raise OnnxPruneError(f"{name}: not a JSON file ({error}); make one with `onnxprune plan`") from error
+    if not isinstance(content, dict) or content.get("format") != 1 or not isinstance(content.get("groups"), list):
+        raise OnnxPruneError(f"{name}: not a plan of format 1; make one with `onnxprune plan`")
+    try:
+        for entry in content["groups"]:
+            units = int(entry["units"])
+            remove = [int(u) for u in entry.get("remove") or []]
+            if any(not 0 <= u < units for u in remove) or len(set(remove)) != len(remove):
+                raise OnnxPruneError(f"{name}: group {entry['id']} has {units} units; its remove list names others, or one twice")
+            if remove and len(remove) == units:
+                raise OnnxPruneError(f"{name}: group {entry['id']} would lose all of its {units} units; leave one at least")
+            for block in entry.get("blocks") or []:
+                if len(set(block) & set(remove)) * len(entry["blocks"]) != len(remove):
+                    raise OnnxPruneError(f"{name}: the blocks of group {entry['id']} lose different numbers of units; make them equal")
+            for member in entry["members"]:
+                str(member["tensor"]), int(member["axis"]), np.asarray(member["indices"], np.int64).reshape(units, -1)
+    except (KeyError, TypeError, ValueError) as error:
+        raise OnnxPruneError(f"{name}: a group is not as the format says ({error}); make the plan again") from error
+    return content
+
+
+def match(grouping: Grouping, content: Mapping[str, Any]) -> Plan:
+    """The plan on a model: every group that loses units must be a group of the model, place by place.
+
+    Raises OnnxPruneError where the plan was made for another model.
+    """
+    model = grouping.model
+    for tensor, shape in (content.get("shapes") or {}).items():
+        if tensor not in model.tensors:
+            raise OnnxPruneError(f"{model.name}: has no tensor '{tensor}'; the plan was made for another model")
+        if list(model.tensors[tensor].dims) != list(shape):
+            found = list(model.tensors[tensor].dims)
+            raise OnnxPruneError(f"{model.name}: '{tensor}' is {found}, in the plan {shape}; the plan was made for another model")
+    by_place: dict[tuple[str, int], list[Group]] = {}
+    for group in grouping.groups:
+        for member in group.members:
+            by_place.setdefault((member.tensor, member.axis), []).append(group)
+    remove: dict[int, np.ndarray] = {}
+    for entry in content["groups"]:
+        if not entry.get("remove"):
+            continue
+        members = [(str(m["tensor"]), int(m["axis"]), np.asarray(m["indices"], np.int64)) for m in entry["members"]]
+        candidates = by_place.get(members[0][:2], []) if members else []
+        found = next((g for g in candidates if _fits(g, members)), None)
+        if found is None:
+            where = f"{members[0][0]} axis {members[0][1]}" if members else "nowhere"
+            raise OnnxPruneError(
+                f"{model.name}: no group of its is like group {entry['id']} of the plan ({where}); the plan was made for another model"
+            )
+        remove[found.id] = np.array(sorted(int(u) for u in entry["remove"]), np.int64)
+    return Plan(grouping, remove, dict(content.get("options") or {}), float(content.get("reached") or 0.0))
+
+
+def _fits(group: Group, members: list[tuple[str, int, np.ndarray]]) -> bool:
+    if len(members) != len(group.members):
+        return False
+    own = {(m.tensor, m.axis): m.indices for m in group.members}
+    for tensor, axis, indices in members:
+        have = own.get((tensor, axis))
+        if have is None or not np.array_equal(have, indices.reshape(len(indices), -1)):
+            return False
+    return True

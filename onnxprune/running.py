@@ -1,0 +1,216 @@
+"""Run a model with changed weights, many times, and say how far its outputs moved.
+
+Everything runs as float32 without optimizations: half precision would drown the proof in rounding, and one onnxruntime
+fusion (Pad into MaxPool) changes results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import onnxruntime as ort
+from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
+
+from onnxprune.errors import OnnxPruneError
+from onnxprune.importer import FLOATS, subgraphs
+
+Arrays = Mapping[str, np.ndarray]
+_WIDE = (TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
+def session(proto: ModelProto, provider: str = "CPUExecutionProvider", optimize: bool = False) -> ort.InferenceSession:
+    """A single-threaded onnxruntime session; raises OnnxPruneError (exit code 4) where onnxruntime does not take the model."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return ort.InferenceSession(
+            proto.SerializeToString(), options, providers=[provider], disabled_optimizers=["Pad_Fusion"] if optimize else None
+        )
+    except Exception as error:
+        raise OnnxPruneError(f"onnxruntime does not load the model ({first_line(error)})", 4) from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def as_float32(proto: ModelProto) -> ModelProto:
+    """A copy whose float16, bfloat16 and double tensors, casts and values are float32."""
+    copy = ModelProto()
+    copy.CopyFrom(proto)
+    if _uses_other_floats(proto.graph):
+        _widen(copy.graph)
+    return copy
+
+
+def _uses_other_floats(graph: GraphProto) -> bool:
+    if any(v.type.tensor_type.elem_type in _WIDE for v in (*graph.input, *graph.output)):
+        return True
+    if any(t.data_type in _WIDE for t in graph.initializer):
+        return True
+    for node in graph.node:
+        for attribute in node.attribute:
+            if (attribute.HasField("t") and attribute.t.data_type in _WIDE) or (
+                attribute.name in ("to", "dtype") and attribute.i in _WIDE
+            ):
+                return True
+        if any(_uses_other_floats(inner) for inner in subgraphs(node)):
+            return True
+    return False
+
+
+def _widen(graph: GraphProto) -> None:
+    for tensor in graph.initializer:
+        _widen_tensor(tensor)
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type in _WIDE:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    del graph.value_info[:]
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                _widen_tensor(attribute.t)
+            elif attribute.name in ("to", "dtype", "output_dtype", "stash_type") and attribute.i in _WIDE:
+                attribute.i = TensorProto.FLOAT
+        for inner in subgraphs(node):
+            _widen(inner)
+
+
+def _widen_tensor(tensor: TensorProto) -> None:
+    if tensor.data_type in _WIDE:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+    """float16, bfloat16 and double arrays as float32; others as they are."""
+    array = np.asarray(array)
+    if array.dtype == np.float32 or array.dtype.kind in "iubOSU":
+        return array
+    return array.astype(np.float32) if array.dtype.kind == "f" or array.dtype.name == "bfloat16" else array
+
+
+class Runner:
+    """A float32 copy of a model some of whose tensors can be given anew at every run.
+
+    Those tensors become graph inputs, so that one session serves all runs; where onnxruntime wants them constant, a session
+    is built a run.
+    """
+
+    def __init__(self, proto: ModelProto, tensors: Iterable[str] = (), watch: Sequence[str] = ()) -> None:
+        self._proto = as_float32(proto)
+        self._names = set(tensors)
+        made = {o for n in self._proto.graph.node for o in n.output}
+        have = {v.name for v in self._proto.graph.output}
+        self._proto.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in watch if n in made and n not in have)
+        self._values: dict[str, np.ndarray] = {}
+        self._session: ort.InferenceSession | None = None
+        if self._names:
+            try:
+                self._session = session(self._open())
+            except OnnxPruneError:
+                self._session = None
+
+    def _tensors(self, proto: ModelProto) -> dict[str, TensorProto]:
+        found = {t.name: t for t in proto.graph.initializer}
+        for node in proto.graph.node:
+            if node.op_type == "Constant":
+                found |= {node.output[0]: a.t for a in node.attribute if a.name == "value"}
+        return found
+
+    def _open(self) -> ModelProto:
+        """The copy with the changeable tensors as inputs."""
+        found = self._tensors(self._proto)
+        proto = ModelProto(ir_version=max(self._proto.ir_version, 4), opset_import=self._proto.opset_import)
+        graph = proto.graph
+        graph.name = self._proto.graph.name or "graph"
+        graph.input.extend(v for v in self._proto.graph.input if v.name not in self._names)
+        graph.output.extend(self._proto.graph.output)
+        graph.sparse_initializer.extend(self._proto.graph.sparse_initializer)
+        graph.initializer.extend(t for t in self._proto.graph.initializer if t.name not in self._names)
+        graph.node.extend(
+            n for n in self._proto.graph.node if not (n.op_type == "Constant" and n.output[0] in self._names and n.output[0] in found)
+        )
+        for name in sorted(self._names):
+            tensor = found[name]
+            self._values[name] = numpy_helper.to_array(tensor)
+            graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims)))
+        return proto
+
+    def run(self, feeds: Arrays, arrays: Arrays | None = None) -> dict[str, np.ndarray]:
+        """{output: array}; raises OnnxPruneError (exit code 4) where the model does not run on the feeds."""
+        given = {k: widened(v) for k, v in feeds.items()}
+        changed = {k: widened(v) for k, v in (arrays or {}).items()}
+        if self._session is not None:
+            try:
+                return _run(self._session, given | self._values | changed)
+            except OnnxPruneError:
+                self._session = None  # what has to be constant for a kernel is found only now
+        proto = self._proto
+        if changed:
+            proto = ModelProto()
+            proto.CopyFrom(self._proto)
+            for name, tensor in self._tensors(proto).items():
+                if name in changed:
+                    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(changed[name]), tensor.name))
+        return _run(session(proto), given)
+
+
+def _run(sess: ort.InferenceSession, feeds: Arrays) -> dict[str, np.ndarray]:
+    wanted = {v.name for v in sess.get_inputs()}
+    try:
+        outputs = sess.run(None, {k: v for k, v in feeds.items() if k in wanted})
+    except Exception as error:
+        raise OnnxPruneError(f"onnxruntime does not run the model on these inputs ({first_line(error)})", 4) from error
+    return {v.name: o for v, o in zip(sess.get_outputs(), outputs, strict=True)}
+
+
+def distance(left: Arrays, right: Arrays) -> float:
+    """The largest difference over the float values that both have, in standard deviations of the value and of each of its slices.
+
+    Integers are not compared (a tie may fall either way); shapes that differ, and non-finite numbers in different places,
+    are infinitely far.
+    """
+    return max((_gap(np.asarray(left[k]), np.asarray(right[k])) for k in left if k in right), default=0.0)
+
+
+def _gap(a: np.ndarray, b: np.ndarray) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    if a.dtype.kind != "f" or not a.size:
+        return 0.0
+    one, other = a.astype(np.float64), b.astype(np.float64)
+    finite = np.isfinite(one) & np.isfinite(other)
+    if not finite.all():
+        if not np.array_equal(one[~finite], other[~finite], equal_nan=True):
+            return float("inf")
+        one, other = np.where(finite, one, 0.0), np.where(finite, other, 0.0)
+    difference = np.abs(one - other)
+    largest = float(np.abs(one).max()) + 1e-12
+    spread = float(one.std())
+    spread = spread if spread > 1e-4 * largest else largest
+    gap = float(difference.max()) / spread
+    for axis in range(1, a.ndim):
+        if 1 < a.shape[axis] <= 4096 and a.size > 4 * a.shape[axis]:
+            rest = tuple(i for i in range(a.ndim) if i != axis)
+            scale = np.maximum(one.std(axis=rest), 0.01 * spread)
+            gap = max(gap, float((difference.max(axis=rest) / scale).max()))
+    return gap
+
+
+def jittered(arrays: Arrays, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Every float moved by about one unit in its last place: what rounding alone may do."""
+    moved = {}
+    for name, array in arrays.items():
+        values = widened(array)
+        if values.dtype == np.float32 and values.size > 64:
+            signs = rng.integers(0, 2, values.shape, dtype=np.int8) * 2 - 1
+            with np.errstate(over="ignore", invalid="ignore"):
+                moved[name] = np.where(np.isfinite(values), values * (1 + np.float32(6e-8) * signs), values).astype(np.float32)
+    return moved
+
+
+__all__ = ["FLOATS", "Arrays", "Runner", "as_float32", "distance", "jittered", "session", "widened"]

@@ -1,0 +1,399 @@
+"""Step 8: the proof, on the user's own model, that the groups are right and that the surgery was.
+
+If the units of a group are permuted wherever they live, the outputs stay; so a permutation of all groups that leaves the
+outputs alone certifies them, and one that does not names the groups that are wrong.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto
+
+from onnxprune.errors import OnnxPruneError
+from onnxprune.grouping import Group, Grouping, Member, without
+from onnxprune.importer import FLOATS, Model
+from onnxprune.rewriter import rewrite
+from onnxprune.running import Arrays, Runner, distance, first_line, jittered, session, widened
+from onnxprune.shapes import attributes, seeded_feeds
+
+LEAST, MOST = 1e-3, 2.5e-2  # standard deviations of an output: what always counts as equal, and what never does
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was shown, each gap in standard deviations of an output.
+
+    rounding: what moving every weight by one unit in its last place changes; tolerance: what counts as equal.
+    proven, unexercised, unchecked: group ids.  frozen: {id of a group that failed: why}.
+    commuting, masked: gaps of the pruned model, None where there was nothing to compare; statistics: groups that lose units
+    and change a mean, variance, maximum or softmax, for which masking does not apply.
+    """
+
+    rounding: float
+    tolerance: float
+    permutation: float
+    proven: tuple[int, ...]
+    unexercised: tuple[int, ...] = ()
+    unchecked: tuple[int, ...] = ()
+    frozen: Mapping[int, str] = field(default_factory=dict)
+    commuting: float | None = None
+    masked: float | None = None
+    statistics: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: (list(v) if isinstance(v, tuple) else v) for k, v in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The original model, ready to run with any of its groups' tensors changed."""
+
+    model: Model
+    runner: Runner
+    feeds: Arrays
+    arrays: Arrays
+    reference: Arrays
+    rounding: float
+
+    @property
+    def tolerance(self) -> float:
+        return min(MOST, max(LEAST, 5 * self.rounding))
+
+    def gap(self, arrays: Arrays) -> float:
+        """How far the outputs move with these tensors; infinitely far where the model no longer runs."""
+        try:
+            return distance(self.reference, self.runner.run(self.feeds, arrays))
+        except OnnxPruneError:
+            return float("inf")
+
+
+def prepare(grouping: Grouping, feeds: Arrays | None = None, seed: int = 0) -> Bench:
+    """Run the original; raises OnnxPruneError (exit code 4) where onnxruntime cannot."""
+    model = grouping.model
+    given = feeds if feeds is not None else seeded_feeds(model.proto, model.input_shapes, seed)
+    names = {m.tensor for g in grouping.groups for m in g.members}
+    runner = Runner(model.proto, names, watch=_behind_integers(model))
+    reference = runner.run(given)
+    arrays = {name: model.array(name) for name in names}
+    bench = Bench(model, runner, given, arrays, reference, 0.0)
+    rng = np.random.default_rng([seed, 1])
+    rounding = max(bench.gap(jittered(arrays, rng)) for _ in range(2)) if arrays else 0.0
+    return replace(bench, rounding=rounding if np.isfinite(rounding) else MOST)
+
+
+def _behind_integers(model: Model) -> list[str]:
+    """The float values from which integer outputs (classes, indices) are computed: what can be compared in their stead."""
+    makers = {o: n for n in model.nodes for o in n.output if o}
+    floats = {v.name for v in model.proto.graph.output if v.type.tensor_type.elem_type in FLOATS}
+    found: list[str] = []
+    for name in model.outputs:
+        if name in floats or name not in makers:
+            continue
+        node = makers[name]
+        while node.op_type in ("Identity", "Squeeze", "Unsqueeze", "Reshape", "Cast") and node.input[0] in makers:
+            node = makers[node.input[0]]
+        if node.op_type in ("ArgMax", "ArgMin"):
+            found.append(node.input[0])
+    return found
+
+
+def shuffled(group: Group, seed: int) -> np.ndarray:
+    """An order of the units, (units,), in which none keeps its place."""
+    cycle = np.random.default_rng([seed, group.units, *group.members[0].indices[:2].ravel().tolist()]).permutation(group.units)
+    order = np.empty(group.units, np.int64)
+    order[cycle] = np.roll(cycle, 1)
+    return order
+
+
+def permuted(arrays: Arrays, groups: Sequence[Group], seed: int = 1, omit: Callable[[Member], bool] | None = None) -> dict[str, np.ndarray]:
+    """The tensors of the groups with their units in another order wherever they live (but in the members to omit)."""
+    changed: dict[str, np.ndarray] = {}
+    for group in groups:
+        order = shuffled(group, seed)
+        for member in group.members:
+            if omit is not None and omit(member):
+                continue
+            array = changed.get(member.tensor, arrays[member.tensor])
+            index = np.arange(array.shape[member.axis])
+            index[member.indices.ravel()] = member.indices[order].ravel()
+            changed[member.tensor] = np.take(array, index, axis=member.axis)
+    return changed
+
+
+def certify(
+    grouping: Grouping, feeds: Arrays | None = None, seed: int = 0, seconds: float = 60.0, progress: Progress | None = None
+) -> tuple[Grouping, Proof, Bench]:
+    """Prove every group by permutation; groups that fail are frozen in the grouping that is returned.
+
+    seconds: how long the check that each group was exercised may take; what is left then is unchecked, and said so.
+    """
+    say = progress or (lambda text: None)
+    say(f"permuting {len(grouping.groups)} groups")
+    bench = prepare(grouping, feeds, seed)
+    failed: dict[int, str] = {}
+    groups = list(grouping.groups)
+    worst = 0.0
+    for round_seed in (seed + 1, seed + 2):
+        gap, wrong = _search(bench, groups, round_seed, say)
+        failed |= wrong
+        groups = [g for g in groups if g.id not in failed]
+        worst = max(worst, gap)
+    certified = without(grouping, failed) if failed else grouping
+    say(f"checking that {len(groups)} groups are exercised")
+    proven, idle, open_ = _exercised(bench, groups, seed + 1, seconds)
+    names = {m.tensor for g in groups for m in g.members}
+    bench = replace(bench, arrays={k: v for k, v in bench.arrays.items() if k in names})
+    return certified, Proof(bench.rounding, bench.tolerance, worst, proven, idle, open_, failed), bench
+
+
+def _search(bench: Bench, groups: list[Group], seed: int, say: Progress) -> tuple[float, dict[int, str]]:
+    """Bisect for the groups whose permutation moves the outputs; what is left passes together."""
+    failed: dict[int, str] = {}
+    gaps: dict[int, float] = {}
+
+    def search(part: list[Group]) -> None:
+        if not part:
+            return
+        gap = bench.gap(permuted(bench.arrays, part, seed))
+        if gap <= bench.tolerance:
+            gaps.update((g.id, gap) for g in part)
+        elif len(part) == 1:
+            failed[part[0].id] = _blame(bench, gap)
+        else:
+            say(f"looking for wrong groups among {len(part)}")
+            search(part[: len(part) // 2])
+            search(part[len(part) // 2 :])
+
+    search(groups)
+    left = sorted((g for g in groups if g.id not in failed), key=lambda g: gaps[g.id])
+    whole = bench.gap(permuted(bench.arrays, left, seed)) if failed and left else max(gaps.values(), default=0.0)
+    while left and whole > bench.tolerance:  # each alone is within rounding, all together are not
+        keep = len(left) * 3 // 4
+        failed |= {g.id: _blame(bench, whole) for g in left[keep:]}
+        left = left[:keep]
+        whole = bench.gap(permuted(bench.arrays, left, seed)) if left else 0.0
+    return whole, failed
+
+
+def _blame(bench: Bench, gap: float) -> str:
+    if bench.tolerance >= MOST:
+        return f"not provable: rounding alone changes the outputs by {bench.rounding:.2g} standard deviations"
+    return f"the permutation test fails (outputs change by {gap:.2g} standard deviations)"
+
+
+def _exercised(
+    bench: Bench, groups: Sequence[Group], seed: int, seconds: float
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Ids of the groups whose wrong permutation changes the outputs, of those where nothing changes, and of those left open."""
+    proven: list[int] = []
+    idle: list[int] = []
+    unchecked: list[int] = []
+    end = time.monotonic() + seconds
+    noise = max(2 * bench.rounding, 1e-6)
+    for group in groups:
+        if time.monotonic() > end:
+            unchecked.append(group.id)
+            continue
+        changes = any(bench.gap(arrays) > noise for arrays in _wrongly_permuted(bench, group, seed))
+        (proven if changes else idle).append(group.id)
+    return tuple(proven), tuple(idle), tuple(unchecked)
+
+
+def _wrongly_permuted(bench: Bench, group: Group, seed: int) -> list[dict[str, np.ndarray]]:
+    """Permutations of one group with one member left out, the largest weights first; noise where there is but one member."""
+    tensors = bench.model.tensors
+    weights = [m for m in group.members if tensors[m.tensor].data_type in FLOATS]
+    if len(group.members) < 2:
+        member = group.members[0]
+        array = widened(bench.arrays[member.tensor])
+        noise = np.random.default_rng(seed).standard_normal(array.shape) * (array.std() + 1e-3)
+        return [{member.tensor: (array + noise).astype(array.dtype)}] if array.dtype.kind == "f" else []
+    weights.sort(key=lambda m: -int(np.prod(tensors[m.tensor].dims)))
+    return [permuted(bench.arrays, [group], seed, omit=lambda m, left=one: m is left) for one in weights[:3]]
+
+
+def prove_surgery(
+    bench: Bench, grouping: Grouping, remove: Mapping[int, np.ndarray], pruned: ModelProto, proof: Proof, progress: Progress | None = None
+) -> tuple[Grouping, Proof]:
+    """Commuting and masked equivalence for the pruned model, and that it is a model like the original.
+
+    Groups whose removal is not the same as zeros where a layer sums over them are marked `statistics` in the grouping that
+    is returned.  Raises OnnxPruneError (exit code 4) where the pruned model does not compute what it must.
+    """
+    say = progress or (lambda text: None)
+    say("checking the pruned model")
+    outputs = check_model(bench, pruned)
+    losing = [g for g in grouping.groups if len(remove.get(g.id, ()))]
+    say("permuting before pruning")
+    gap, tolerance = _commuting(bench, grouping, losing, remove, pruned, outputs)
+    if gap > tolerance:
+        raise OnnxPruneError(
+            f"the pruned model failed its proof: pruning a permuted model gives other outputs (by {gap:.2g} standard deviations, "
+            f"{tolerance:.2g} are rounding); nothing is written",
+            4,
+        )
+    say("comparing with the masked original")
+    grouping, masked = _masked(bench, grouping, remove)
+    marked = tuple(g.id for g in grouping.groups if g.statistics and len(remove.get(g.id, ())))
+    return grouping, replace(proof, commuting=gap, masked=masked, statistics=marked)
+
+
+def check_model(bench: Bench, pruned: ModelProto) -> dict[str, np.ndarray]:
+    """Checker, shape inference, a session, the interface and finite outputs; returns the outputs as float32.
+
+    Raises OnnxPruneError (exit code 4) where any of it fails.
+    """
+    for check in (onnx.checker.check_model, lambda m: onnx.shape_inference.infer_shapes(m, strict_mode=True)):
+        try:
+            check(pruned)
+        except Exception as error:
+            try:
+                check(bench.model.proto)
+            except Exception:  # the original fails it as well
+                continue
+            raise OnnxPruneError(f"the pruned model is not well-formed ({first_line(error)}); nothing is written", 4) from error
+    outputs = Runner(pruned, watch=_behind_integers(bench.model)).run(bench.feeds)
+    before, after = bench.model.proto.graph, pruned.graph
+    old = {v.name: v.type.tensor_type.elem_type for v in (*before.input, *before.output) if v.name not in bench.model.tensors}
+    new = {v.name: v.type.tensor_type.elem_type for v in (*after.input, *after.output) if v.name not in bench.model.tensors}
+    if old != new:
+        raise OnnxPruneError("the pruned model has other inputs or outputs; nothing is written", 4)
+    for name, array in bench.reference.items():
+        ours = np.asarray(outputs[name]) if name in outputs else None
+        if ours is None or ours.ndim != np.ndim(array):
+            raise OnnxPruneError(f"the pruned model's output '{name}' has another shape; nothing is written", 4)
+        if ours.dtype.kind == "f" and np.isfinite(array).all() and not np.isfinite(ours).all():
+            raise OnnxPruneError(f"the pruned model's output '{name}' is not finite; nothing is written", 4)
+    if _has_halves(pruned):
+        try:
+            session(pruned, optimize=True)
+        except OnnxPruneError:
+            session_of_original(bench)
+    return outputs
+
+
+def session_of_original(bench: Bench) -> None:
+    """Raises nothing where the original does not load either (a type that this provider lacks)."""
+    try:
+        session(bench.model.proto, optimize=True)
+    except OnnxPruneError:
+        return
+    raise OnnxPruneError("the pruned model does not load in onnxruntime, the original does; nothing is written", 4)
+
+
+def _has_halves(proto: ModelProto) -> bool:
+    return any(t.data_type in FLOATS and t.data_type != FLOATS[0] for t in proto.graph.initializer)
+
+
+def _commuting(
+    bench: Bench, grouping: Grouping, losing: list[Group], remove: Mapping[int, np.ndarray], pruned: ModelProto, outputs: Arrays
+) -> tuple[float, float]:
+    """The gap between pruning and pruning after a permutation, and what counts as equal on the pruned model."""
+    if not losing:
+        return 0.0, bench.tolerance
+    moved = permuted(bench.arrays, losing, seed=5)
+    same = {g.id: np.sort(np.argsort(shuffled(g, 5))[remove[g.id]]) for g in losing}
+    other = rewrite(grouping, same, moved)
+    names = {t.name for t in pruned.graph.initializer if t.name in bench.arrays and t.data_type in FLOATS}
+    runner = Runner(pruned, names, watch=_behind_integers(bench.model))
+    small = {t.name: onnx.numpy_helper.to_array(t) for t in pruned.graph.initializer if t.name in names}
+    rounding = distance(outputs, runner.run(bench.feeds, jittered(small, np.random.default_rng(3))))
+    rounding = max(rounding, bench.rounding) if np.isfinite(rounding) else MOST
+    tolerance = min(MOST, max(LEAST, 5 * rounding))
+    return distance(outputs, Runner(other, watch=_behind_integers(bench.model)).run(bench.feeds)), tolerance
+
+
+def _masked(bench: Bench, grouping: Grouping, remove: Mapping[int, np.ndarray]) -> tuple[Grouping, float | None]:
+    """Zeroing equals removing wherever layers sum over the units; groups for which it does not are marked `statistics`."""
+    sums = contractions(bench.model)
+    marked: set[int] = set()
+    worst: float | None = None
+
+    def gap(part: list[Group]) -> float:
+        pruned = Runner(rewrite(grouping, {g.id: remove[g.id] for g in part}), watch=_behind_integers(bench.model))
+        try:
+            outputs = pruned.run(bench.feeds)
+        except OnnxPruneError:
+            return float("inf")
+        gaps = []
+        for readers in (sums, None):
+            try:
+                masked = bench.runner.run(bench.feeds, zeroed(bench.arrays, part, remove, readers))
+            except OnnxPruneError:
+                continue
+            gaps.append(distance(masked, outputs))
+            if gaps[-1] <= bench.tolerance:
+                break
+        return min(gaps, default=float("inf"))
+
+    def search(part: list[Group]) -> None:
+        nonlocal worst
+        if not part:
+            return
+        found = gap(part)
+        if found <= bench.tolerance:
+            worst = max(worst or 0.0, found)
+        elif len(part) == 1:
+            marked.add(part[0].id)
+        else:
+            search(part[: len(part) // 2])
+            search(part[len(part) // 2 :])
+
+    losing = [g for g in grouping.groups if len(remove.get(g.id, ())) and not g.statistics]
+    search(losing)
+    while marked and (rest := [g for g in losing if g.id not in marked]):
+        whole = gap(rest)
+        if whole <= bench.tolerance:
+            worst = whole
+            break
+        marked |= {g.id for g in rest[len(rest) * 3 // 4 :]}
+    if marked:
+        grouping = replace(grouping, groups=tuple(replace(g, statistics=g.statistics or g.id in marked) for g in grouping.groups))
+    return grouping, worst if any(g.id not in marked for g in losing) else None
+
+
+def contractions(model: Model) -> set[tuple[str, int]]:
+    """The (tensor, axis) pairs of constants that a layer sums over."""
+    found: set[tuple[str, int]] = set()
+    for node in model.nodes:
+        for position, name in enumerate(node.input):
+            if name not in model.tensors:
+                continue
+            rank = len(model.tensors[name].dims)
+            if node.op_type == "Conv" and position == 1:
+                found.add((name, 1))
+            elif node.op_type == "ConvTranspose" and position == 1:
+                found.add((name, 0))
+            elif node.op_type == "Gemm" and position < 2:
+                flipped = attributes(node).get("transB" if position else "transA", 0)
+                found.add((name, 1 - position if not flipped else position))
+            elif node.op_type == "MatMul" and rank >= 2:
+                found.add((name, rank - 2 if position else rank - 1))
+            elif node.op_type in ("LSTM", "GRU", "RNN") and position in (1, 2):
+                found.add((name, 2))
+    return found
+
+
+def zeroed(
+    arrays: Arrays, groups: Sequence[Group], remove: Mapping[int, np.ndarray], readers: set[tuple[str, int]] | None
+) -> dict[str, np.ndarray]:
+    """The tensors with the removed units' slices zero: everywhere, or only where `readers` sum over them."""
+    changed: dict[str, np.ndarray] = {}
+    for group in groups:
+        members: Sequence[Member] = group.members
+        if readers is not None:
+            members = [m for m in members if (m.tensor, m.axis) in readers] or members
+        for member in members:
+            array = changed[member.tensor] if member.tensor in changed else arrays[member.tensor].copy()
+            index: list[Any] = [slice(None)] * array.ndim
+            index[member.axis] = member.indices[remove[group.id]].ravel()
+            array[tuple(index)] = 0
+            changed[member.tensor] = array
+    return changed
