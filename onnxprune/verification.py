@@ -33,7 +33,8 @@ class Proof:
     rounding: what moving every weight by one unit in its last place changes; tolerance: what counts as equal.
     proven, unexercised, unchecked: group ids.  frozen: {id of a group that failed: why}.
     commuting, masked: gaps of the pruned model, None where there was nothing to compare; statistics: groups that lose units
-    and change a mean, variance, maximum or softmax, for which masking does not apply.
+    and change a mean, variance, maximum or softmax, for which masking does not apply.  matches: how far a given model is
+    from what the plan leaves; infinite where its weights were trained on.
     """
 
     rounding: float
@@ -46,6 +47,7 @@ class Proof:
     commuting: float | None = None
     masked: float | None = None
     statistics: tuple[int, ...] = ()
+    matches: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {k: (list(v) if isinstance(v, tuple) else v) for k, v in vars(self).items()}
@@ -277,6 +279,19 @@ def check_model(bench: Bench, pruned: ModelProto) -> dict[str, np.ndarray]:
         except OnnxPruneError:
             session_of_original(bench)
     return outputs
+
+
+def compare(bench: Bench, expected: ModelProto, given: ModelProto) -> float:
+    """How far a model's outputs are from those of what the plan leaves.
+
+    Raises OnnxPruneError (exit code 4) where its tensors have other names or shapes, or its interface differs.
+    """
+    shapes = [{t.name: tuple(t.dims) for t in proto.graph.initializer} for proto in (expected, given)]
+    for name, shape in shapes[0].items():
+        if shapes[1].get(name) != shape:
+            found = list(shapes[1][name]) if name in shapes[1] else "missing"
+            raise OnnxPruneError(f"'{name}' is {found} in the pruned model; the plan leaves {list(shape)}", 4)
+    return distance(check_model(bench, expected), check_model(bench, given))
 
 
 def session_of_original(bench: Bench) -> None:

@@ -1,0 +1,45 @@
+"""Structured pruning of ONNX models, with its proof: `onnxprune.prune("model.onnx", 0.4)`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from onnxprune.allocations import allocation
+    from onnxprune.api import Result, apply, groups, plan, prune, verify
+    from onnxprune.criteria import criterion
+    from onnxprune.dependencies import dependency_graph
+    from onnxprune.errors import OnnxPruneError
+    from onnxprune.relations import rule
+
+_HOMES = {
+    **dict.fromkeys(("Result", "apply", "groups", "plan", "prune", "verify"), "onnxprune.api"),
+    "OnnxPruneError": "onnxprune.errors",
+    "allocation": "onnxprune.allocations",
+    "criterion": "onnxprune.criteria",
+    "dependency_graph": "onnxprune.dependencies",
+    "rule": "onnxprune.relations",
+}
+
+__all__ = [
+    "OnnxPruneError",
+    "Result",
+    "allocation",
+    "apply",
+    "criterion",
+    "dependency_graph",
+    "groups",
+    "plan",
+    "prune",
+    "rule",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:  # onnxruntime and onnx are loaded when something is first asked of them
+    if name not in _HOMES:
+        raise AttributeError(f"module 'onnxprune' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,283 @@
+"""The whole way in Python: `prune`, `groups`, `plan`, `apply` and `verify`, in the words of the command line."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto
+
+from onnxprune import criteria
+from onnxprune.allocations import Limits, check_budget, check_ratio, choose
+from onnxprune.allocations import get as allocation_named
+from onnxprune.cost import counter
+from onnxprune.errors import OnnxPruneError
+from onnxprune.grouping import Grouping, group
+from onnxprune.importer import Model, load
+from onnxprune.plans import Plan, match, read_plan
+from onnxprune.rewriter import rewrite
+from onnxprune.verification import Bench, Proof, certify, check_model, compare, prove_surgery
+
+Source = str | os.PathLike[str] | ModelProto
+Arrays = Mapping[str, np.ndarray]
+Shapes = Mapping[str, tuple[int, ...]]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A pruned model, the plan that made it, its proof (None without verification), and its costs before and after.
+
+    macs, parameters: (before, after); reached: share of the budget that went; on_budget: within a point of what was asked.
+    """
+
+    model: ModelProto
+    plan: Plan
+    proof: Proof | None
+    macs: tuple[int, int]
+    parameters: tuple[int, int]
+    reached: float
+    on_budget: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "macs": list(self.macs),
+            "parameters": list(self.parameters),
+            "reached": self.reached,
+            "on_budget": self.on_budget,
+            "options": dict(self.plan.options),
+            "proof": self.proof.to_json() if self.proof else None,
+        }
+
+
+def groups(
+    model: Source,
+    *,
+    feeds: Arrays | None = None,
+    input_shapes: Shapes | None = None,
+    allow_io: Sequence[str] = (),
+    verify: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Grouping:
+    """The groups of coupled units of a model, certified on it, and what is fixed and why.
+
+    Raises OnnxPruneError for bad input (exit code 2) and where onnxruntime cannot run the model (4).
+    """
+    found = group(_load(model, feeds, input_shapes, progress), allow_io)
+    return certify(found, feeds, seed, progress=progress)[0] if verify and found.groups else found
+
+
+def plan(model: Source, ratio: float, **options: Any) -> Plan:
+    """Choose what goes, for a budget; the options are those of `prune`."""
+    return prune(model, ratio, **options).plan
+
+
+def prune(
+    model: Source,
+    ratio: float,
+    *,
+    of: str = "macs",
+    criterion: str = "l2",
+    allocation: str = "uniform",
+    scope: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layer_ratios: Mapping[str, float] | None = None,
+    min_keep: float = 0.1,
+    align: int = 1,
+    allow_io: Sequence[str] = (),
+    feeds: Arrays | None = None,
+    input_shapes: Shapes | None = None,
+    verify: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Remove `ratio` of a budget (`macs`, `params` or `channels`) and prove that the surgery was right.
+
+    scope, exclude, layer_ratios: globs over node and tensor names.  min_keep: units (or, below 1, the share) that every
+    group keeps.  align: kept units are a multiple of it.  Deterministic for a seed.
+
+    Raises OnnxPruneError for bad input (exit code 2), where nothing can be pruned (3) and where the proof fails (4).
+
+    >>> result = onnxprune.prune("model.onnx", 0.4)                 # doctest: +SKIP
+    >>> onnx.save(result.model, "smaller.onnx")                     # doctest: +SKIP
+    """
+    check_ratio(ratio)
+    check_budget(of)
+    score, _ = criteria.get(criterion), allocation_named(allocation)
+    if min_keep < 0 or align < 1:
+        raise OnnxPruneError(f"min-keep {min_keep} and align {align}: the first is 0 or more, the second 1 or more")
+    loaded = _load(model, feeds, input_shapes, progress)
+    grouping, proof, bench = _certified(group(loaded, allow_io), feeds, seed, verify, progress)
+    _some(grouping)
+    names = _names(grouping)
+    chosen = {g.id for g in grouping.groups}
+    if scope:
+        chosen &= _matching(names, scope, "--scope", loaded)
+    if exclude:
+        chosen -= _matching(names, exclude, "--exclude", loaded)
+    shares: dict[int, float] = {}
+    for pattern, share in (layer_ratios or {}).items():
+        if not 0 <= share < 1:
+            raise OnnxPruneError(f"--layer-ratio {pattern}={share}: a ratio is at least 0 and below 1")
+        shares |= dict.fromkeys(_matching(names, [pattern], "--layer-ratio", loaded) & chosen, share)
+    if not chosen:
+        raise OnnxPruneError(f"{loaded.name}: no group is left to prune; widen --scope or --exclude less", 3)
+    _say(progress, f"scoring {len(chosen)} groups")
+    scores = {g.id: score(loaded, g, np.random.default_rng([seed, g.id])) for g in grouping.groups if g.id in chosen}
+    choice = choose(grouping, scores, ratio, of, allocation, Limits(min_keep, align), shares)
+    options = {
+        "ratio": ratio,
+        "of": of,
+        "criterion": criterion,
+        "allocation": allocation,
+        "scope": list(scope),
+        "exclude": list(exclude),
+        "layer_ratios": dict(layer_ratios or {}),
+        "min_keep": min_keep,
+        "align": align,
+        "allow_io": list(allow_io),
+        "seed": seed,
+        "input_shapes": {k: list(v) for k, v in loaded.input_shapes.items()},
+    }
+    made = Plan(grouping, choice.remove, options, choice.reached)
+    return _finish(made, proof, bench, abs(choice.reached - ratio) <= 0.01, progress)
+
+
+def apply(
+    model: Source,
+    plan: Plan | str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    feeds: Arrays | None = None,
+    input_shapes: Shapes | None = None,
+    verify: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Surgery alone: remove what a plan says from the model it was made for, or from a fine-tuned sister.
+
+    Raises OnnxPruneError (exit code 2) where the plan does not fit the model.
+    """
+    return _apply(model, plan, feeds, input_shapes, verify, seed, progress)[0]
+
+
+def verify(
+    model: Source,
+    pruned: Source | None = None,
+    plan: Plan | str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    *,
+    feeds: Arrays | None = None,
+    input_shapes: Shapes | None = None,
+    allow_io: Sequence[str] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Proof:
+    """Prove the groups of a model; with a plan, what the plan leaves; with a pruned model too, that it is just that.
+
+    Without a plan a pruned model is checked for its interface, for loading, and for finite outputs.
+    Raises OnnxPruneError: exit code 2 where the plan does not fit the model, 4 where the proof fails.
+    """
+    if plan is not None:
+        result, bench = _apply(model, plan, feeds, input_shapes, True, seed, progress)
+        if result.proof is None or bench is None:
+            raise OnnxPruneError("the model has no groups; there is nothing to prove", 3)
+        if pruned is None:
+            return result.proof
+        return replace(result.proof, matches=compare(bench, result.model, load(pruned).proto))
+    found = group(_load(model, feeds, input_shapes, progress), allow_io)
+    _some(found)
+    _, proof, bench = certify(found, feeds, seed, progress=progress)
+    if pruned is not None:
+        check_model(bench, load(pruned).proto)
+    return proof
+
+
+def _apply(
+    model: Source,
+    plan: Plan | str | os.PathLike[str] | Mapping[str, Any],
+    feeds: Arrays | None,
+    input_shapes: Shapes | None,
+    verify: bool,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[Result, Bench | None]:
+    content = plan.to_json() if isinstance(plan, Plan) else read_plan(plan)
+    options = content.get("options") or {}
+    sizes = input_shapes or ({} if feeds else {k: tuple(v) for k, v in (options.get("input_shapes") or {}).items()})
+    loaded = _load(model, feeds, sizes, progress)
+    made = match(group(loaded, options.get("allow_io") or ()), content)
+    proof, bench = None, None
+    if verify:
+        grouping, proof, bench = _certified(made.grouping, feeds, seed, True, progress)
+        lost = [i for i in made.remove if proof and i in proof.frozen]
+        if lost and proof:
+            raise OnnxPruneError(f"{loaded.name}: group {lost[0]} of the plan fails its proof: {proof.frozen[lost[0]]}", 4)
+        made = replace(made, grouping=grouping)
+    return _finish(made, proof, bench, True, progress), bench
+
+
+def _load(model: Source, feeds: Arrays | None, input_shapes: Shapes | None, progress: Progress | None) -> Model:
+    _say(progress, "reading the model")
+    return load(model, feeds, input_shapes)
+
+
+def _say(progress: Progress | None, text: str) -> None:
+    if progress is not None:
+        progress(text)
+
+
+def _certified(
+    grouping: Grouping, feeds: Arrays | None, seed: int, verify: bool, progress: Progress | None
+) -> tuple[Grouping, Proof | None, Bench | None]:
+    if not verify or not grouping.groups:
+        return grouping, None, None
+    return certify(grouping, feeds, seed, progress=progress)
+
+
+def _some(grouping: Grouping) -> None:
+    if not grouping.groups:
+        reasons = list(dict.fromkeys(reason for _, _, reason in grouping.fixed))[:3]
+        why = "; ".join(reasons) or "it has no weights"
+        raise OnnxPruneError(f"{grouping.model.name}: nothing can be pruned ({why}); see `onnxprune groups`", 3)
+
+
+def _names(grouping: Grouping) -> dict[int, set[str]]:
+    """For each group its tensors and the nodes that read them."""
+    readers: dict[str, set[str]] = {}
+    for node in grouping.model.nodes:
+        for name in node.input:
+            readers.setdefault(name, set()).update({node.name, *node.output} - {""})
+    return {g.id: set().union(*({m.tensor} | readers.get(m.tensor, set()) for m in g.members)) for g in grouping.groups}
+
+
+def _matching(names: Mapping[int, set[str]], patterns: Sequence[str], option: str, model: Model) -> set[int]:
+    """The groups that a glob matches; a glob that matches nothing in the model is the user's mistake."""
+    known = {*model.tensors, *(n.name for n in model.nodes), *(o for n in model.nodes for o in n.output)}
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
+            raise OnnxPruneError(f"{option} '{pattern}': no node or tensor of {model.name} has such a name; see `onnxprune groups`")
+    return {g for g, own in names.items() if any(fnmatch.fnmatchcase(name, p) for name in own for p in patterns)}
+
+
+def _finish(made: Plan, proof: Proof | None, bench: Bench | None, on_budget: bool, progress: Progress | None) -> Result:
+    """Rewrite, prove, count."""
+    _say(progress, "rewriting")
+    pruned = rewrite(made.grouping, made.remove)
+    if proof is not None and bench is not None:
+        grouping, proof = prove_surgery(bench, made.grouping, made.remove, pruned, proof, progress)
+        made = replace(made, grouping=grouping)
+    kept = {g.id: g.units - len(made.remove.get(g.id, ())) for g in made.groups}
+    macs, parameters = counter(made.grouping, "macs"), counter(made.grouping, "params")
+    return Result(
+        model=pruned,
+        plan=made,
+        proof=proof,
+        macs=(round(macs({})), round(macs(kept))),
+        parameters=(round(parameters({})), round(parameters(kept))),
+        reached=made.reached,
+        on_budget=on_budget,
+    )

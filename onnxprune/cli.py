@@ -1,0 +1,511 @@
+"""The command line: `onnxprune MODEL.onnx --ratio 0.4` and its commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from onnxprune import __version__
+from onnxprune.errors import OnnxPruneError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from onnxprune.benchmark import Measurement
+
+F = TypeVar("F", bound=Callable[..., Any])
+INTERRUPTED = 130
+
+
+class Commands(click.Group):
+    """A group whose default command is `prune`, and which says errors in one line."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
+            args = ["prune", *args]
+        return super().parse_args(ctx, args)
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        try:
+            code = super().main(*args, **{**extra, "standalone_mode": False})
+        except OnnxPruneError as error:
+            _complain(str(error))
+            sys.exit(error.exit_code)
+        except click.exceptions.Abort:
+            _complain("interrupted; nothing was left behind")
+            sys.exit(INTERRUPTED)
+        except click.ClickException as error:
+            hint = f"; see `{error.ctx.command_path} --help`" if isinstance(error, click.UsageError) and error.ctx else ""
+            _complain(error.format_message().rstrip(".") + hint)
+            sys.exit(2)
+        except MemoryError:
+            _complain("out of memory; use a smaller batch (--input-shape) or more memory")
+            sys.exit(2)
+        except BrokenPipeError:
+            sys.exit(0)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(text: str) -> None:
+    click.echo(f"error: {' '.join(text.split())}", err=True)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="onnxprune")
+def main() -> None:
+    """Make an ONNX model smaller: remove whole channels, and prove that it was done right.
+
+    \b
+    onnxprune model.onnx --ratio 0.4                   remove 40 % of the multiply-accumulates
+    onnxprune model.onnx --ratio 0.4 --of params       … of the parameters
+    onnxprune model.onnx --ratio 0.4 --eval test.npz   … and show the accuracy before and after
+    onnxprune groups model.onnx                        what can be pruned, what cannot, and why
+
+    `onnxprune MODEL …` is short for `onnxprune prune MODEL …`.
+
+    Exit codes: 0 done; 2 bad input or usage; 3 nothing to prune (nothing written), or the budget is out of reach (the
+    closest is written); 4 the proof failed (nothing written).
+    """
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several option decorators as one, in reading order."""
+
+    def decorate(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+MODEL = click.argument("model", metavar="MODEL.onnx")
+FEEDS = options(
+    click.option("--feeds", metavar="FILE.npz", help="Inputs for the proof and the counters: an array for each input."),
+    click.option(
+        "--input-shape", "shapes", metavar="NAME=1,3,224,224", multiple=True, help="An input's shape instead (seeded values)."
+    ),
+)
+SEED = click.option("--seed", default=0, show_default=True, help="Everything random follows from it.")
+ALLOW_IO = click.option("--allow-io", multiple=True, metavar="GLOB", help="Graph inputs or outputs that may change size.")
+JSON = click.option("--json", "json_path", metavar="FILE", help="Write the result as JSON; - is standard output.")
+QUIET = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors; skip the benchmark.")
+VERIFY = click.option("--verify/--no-verify", default=True, help="Prove the result on the model (on by default).")
+CHOICE = options(
+    click.option("--ratio", "-r", type=float, required=True, help="Share of the budget to remove, between 0 and 1."),
+    click.option("--of", default="macs", show_default=True, metavar="macs|params|channels", help="Which budget."),
+    click.option("--criterion", default="l2", show_default=True, help="Which units go first: l1, l2, lamp, fpgm, bn-scale, random."),
+    click.option("--allocation", default="uniform", show_default=True, help="How the groups share it: uniform or global."),
+    click.option("--scope", multiple=True, metavar="GLOB", help="Prune only layers with such a node or tensor name."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave such layers as they are."),
+    click.option("--layer-ratio", "layer_ratios", multiple=True, metavar="GLOB=RATIO", help="Share of units that go from such layers."),
+    click.option("--min-keep", default=0.1, show_default=True, help="Least that a group keeps: a share, or a number of units."),
+    click.option("--align", default=1, show_default=True, help="Keep multiples of this many units."),
+    ALLOW_IO,
+)
+
+
+@main.command()
+@MODEL
+@options(
+    click.option("--output", "-o", metavar="FILE", help="The pruned model; MODEL-pruned.onnx if not given."),
+    CHOICE,
+    FEEDS,
+    SEED,
+    click.option("--eval", "evaluation", metavar="FILE.npz", help="Arrays for the inputs and `labels`: accuracy before and after."),
+    click.option("--plan-out", metavar="FILE", help="Write the plan too."),
+    VERIFY,
+    click.option("--provider", default="CPUExecutionProvider", show_default=True, help="onnxruntime provider of the benchmark."),
+    JSON,
+    QUIET,
+)
+def prune(
+    model: str,
+    output: str | None,
+    ratio: float,
+    feeds: str | None,
+    shapes: tuple[str, ...],
+    evaluation: str | None,
+    plan_out: str | None,
+    provider: str,
+    json_path: str | None,
+    quiet: bool,
+    layer_ratios: tuple[str, ...],
+    **chosen: Any,
+) -> int:
+    """Prune a model, prove it, measure it.
+
+    \b
+    onnxprune model.onnx --ratio 0.4 -o smaller.onnx
+    onnxprune model.onnx --ratio 0.5 --of params --exclude '*classifier*' --align 8
+    """
+    from onnxprune import api
+    from onnxprune.allocations import check_budget, check_ratio
+    from onnxprune.writing import check_target, write_model, write_text
+
+    check_ratio(ratio)
+    check_budget(chosen["of"])
+    source = Path(model)
+    target = check_target(output or source.with_name(f"{source.stem}-pruned.onnx"), source)
+    for extra in (plan_out, json_path):
+        if extra and extra != "-":
+            check_target(extra, source)
+    given = _feeds(feeds)
+    data = _feeds(evaluation)
+    with _progress(quiet) as say:
+        result = api.prune(
+            model,
+            ratio,
+            feeds=given,
+            input_shapes=_shapes(shapes),
+            layer_ratios=_ratios(layer_ratios),
+            progress=say,
+            **chosen,
+        )
+        accuracy = None
+        if data is not None:
+            from onnxprune.evaluation import evaluate
+
+            say("evaluating")
+            accuracy = evaluate(result.plan.grouping.model.proto, result.model, data)
+        say("writing")
+        write_model(result.model, target)
+        if plan_out:
+            write_text(json.dumps(result.plan.to_json()), plan_out)
+        measured = [] if quiet else _measure([model, str(target)], result, given, provider, say)
+    content = {"model": model, "output": str(target), **result.to_json()}
+    content |= {"evaluation": accuracy.to_json() if accuracy else None, "benchmark": [m.to_json() for m in measured]}
+    _write_json(content, json_path)
+    if not quiet and json_path != "-":
+        from onnxprune import report
+        from onnxprune.benchmark import table
+
+        console = _console()
+        console.print(f"[bold]{result.plan.grouping.model.name}[/] → [bold]{target}[/]", soft_wrap=True)
+        report.show_result(console, result, ratio, chosen["of"])
+        report.show_proof(console, result.proof)
+        if accuracy:
+            report.show_evaluation(console, accuracy)
+        if measured:
+            console.print(table(measured))
+    if not result.on_budget:
+        _complain(f"the budget is out of reach: {result.reached:.1%} of {chosen['of']} went, {ratio:.1%} was asked; {target} is the closest")
+        return 3
+    return 0
+
+
+def _measure(files: list[str], result: Any, feeds: Any, provider: str, say: Callable[[str], None]) -> list[Measurement]:
+    """The benchmark of both models; a model that it cannot run is no reason to lose the result."""
+    from onnxprune.benchmark import benchmark
+    from onnxprune.importer import load
+    from onnxprune.shapes import seeded_feeds
+
+    model: Any = result.plan.grouping.model
+    given = feeds if feeds is not None else seeded_feeds(model.proto, model.input_shapes)
+    counts = dict(zip(files, result.macs, strict=True))
+
+    def macs(path: str, arrays: Mapping[str, np.ndarray]) -> int | None:
+        return counts.get(path) or _macs(load(path, arrays))
+
+    try:
+        return benchmark(files, given, provider=provider, seconds=1.0, macs=macs, progress=say)
+    except OnnxPruneError as error:
+        click.echo(f"warning: no benchmark ({error})", err=True)
+        return []
+
+
+def _macs(model: Any) -> int:
+    from onnxprune.cost import count_macs
+
+    return count_macs(model)
+
+
+@main.command()
+@MODEL
+@options(FEEDS, SEED, ALLOW_IO, VERIFY, JSON, QUIET)
+def groups(
+    model: str,
+    feeds: str | None,
+    shapes: tuple[str, ...],
+    seed: int,
+    allow_io: tuple[str, ...],
+    verify: bool,
+    json_path: str | None,
+    quiet: bool,
+) -> int:
+    """Show what can be pruned, what cannot, and why.
+
+    \b
+    onnxprune groups model.onnx
+    onnxprune groups model.onnx --json groups.json
+    """
+    from onnxprune.grouping import group
+    from onnxprune.importer import load
+    from onnxprune.verification import certify
+    from onnxprune.writing import check_target
+
+    if json_path and json_path != "-":
+        check_target(json_path, model)
+    given = _feeds(feeds)
+    with _progress(quiet) as say:
+        say("reading the model")
+        found, proof = group(load(model, given, _shapes(shapes)), allow_io), None
+        if verify and found.groups:
+            found, proof, _ = certify(found, given, seed, progress=say)
+    _write_json(found.to_json(), json_path)
+    if not quiet and json_path != "-":
+        from onnxprune import report
+
+        report.show_groups(_console(), found, proof)
+        if proof:
+            report.show_proof(_console(), proof)
+    if not found.groups:
+        _complain(f"{Path(model).name}: nothing can be pruned")
+        return 3
+    return 0
+
+
+@main.command()
+@MODEL
+@options(
+    click.option("--output", "-o", metavar="FILE", required=True, help="The plan, as JSON."), CHOICE, FEEDS, SEED, VERIFY, QUIET
+)
+def plan(
+    model: str,
+    output: str,
+    ratio: float,
+    feeds: str | None,
+    shapes: tuple[str, ...],
+    quiet: bool,
+    layer_ratios: tuple[str, ...],
+    **chosen: Any,
+) -> int:
+    """Choose what goes, and write it down; `apply` carries it out.
+
+    \b
+    onnxprune plan model.onnx --ratio 0.4 -o plan.json
+    """
+    from onnxprune import api
+    from onnxprune.writing import check_target, write_text
+
+    check_target(output, model)
+    with _progress(quiet) as say:
+        result = api.prune(
+            model,
+            ratio,
+            feeds=_feeds(feeds),
+            input_shapes=_shapes(shapes),
+            layer_ratios=_ratios(layer_ratios),
+            progress=say,
+            **chosen,
+        )
+        write_text(json.dumps(result.plan.to_json()), output)
+    if not quiet:
+        from onnxprune import report
+
+        report.show_result(_console(), result, ratio, chosen["of"])
+        report.show_proof(_console(), result.proof)
+    if not result.on_budget:
+        _complain(f"the budget is out of reach: {result.reached:.1%} of {chosen['of']} goes, {ratio:.1%} was asked")
+        return 3
+    return 0
+
+
+@main.command()
+@MODEL
+@click.argument("plan", metavar="PLAN.json")
+@options(
+    click.option("--output", "-o", metavar="FILE", required=True, help="The pruned model."),
+    FEEDS,
+    SEED,
+    click.option("--verify/--no-verify", default=False, help="Prove the result on this model (off by default)."),
+    QUIET,
+)
+def apply(model: str, plan: str, output: str, feeds: str | None, shapes: tuple[str, ...], seed: int, verify: bool, quiet: bool) -> int:
+    """Carry out a plan on the model it was made for, or on a fine-tuned sister.
+
+    \b
+    onnxprune apply model.onnx plan.json -o smaller.onnx
+    """
+    from onnxprune import api
+    from onnxprune.writing import check_target, write_model
+
+    target = check_target(output, model)
+    with _progress(quiet) as say:
+        result = api.apply(model, plan, feeds=_feeds(feeds), input_shapes=_shapes(shapes), verify=verify, seed=seed, progress=say)
+        write_model(result.model, target)
+    if not quiet:
+        from onnxprune import report
+
+        report.show_result(_console(), result, None, "")
+        if verify:
+            report.show_proof(_console(), result.proof)
+    return 0
+
+
+@main.command()
+@MODEL
+@click.argument("pruned", metavar="[PRUNED.onnx]", required=False)
+@options(click.option("--plan", metavar="FILE", help="The plan that made PRUNED.onnx."), FEEDS, SEED, ALLOW_IO, JSON, QUIET)
+def verify(
+    model: str,
+    pruned: str | None,
+    plan: str | None,
+    feeds: str | None,
+    shapes: tuple[str, ...],
+    seed: int,
+    allow_io: tuple[str, ...],
+    json_path: str | None,
+    quiet: bool,
+) -> int:
+    """Say what is proven of a model's groups and of the model that a plan leaves.
+
+    \b
+    onnxprune verify model.onnx
+    onnxprune verify model.onnx smaller.onnx --plan plan.json
+    """
+    from onnxprune import api
+
+    with _progress(quiet) as say:
+        proof = api.verify(
+            model,
+            pruned,
+            plan,
+            feeds=_feeds(feeds),
+            input_shapes=_shapes(shapes),
+            allow_io=allow_io,
+            seed=seed,
+            progress=say,
+        )
+    _write_json(proof.to_json(), json_path)
+    if not quiet and json_path != "-":
+        from onnxprune import report
+
+        report.show_proof(_console(), proof)
+    return 0
+
+
+@main.command()
+@click.argument("models", metavar="A.onnx [B.onnx …]", nargs=-1, required=True)
+@options(
+    FEEDS,
+    click.option("--batch", type=click.IntRange(1), help="Size of the symbolic first axis."),
+    click.option("--threads", type=click.IntRange(0), default=1, show_default=True, help="onnxruntime's threads; 0: its own default."),
+    click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Runs before the clock starts."),
+    click.option("--seconds", type=click.FloatRange(0), default=2.0, show_default=True, help="Time to spend on each model."),
+    click.option("--provider", default="CPUExecutionProvider", show_default=True, help="onnxruntime provider."),
+    JSON,
+    QUIET,
+)
+def bench(
+    models: tuple[str, ...],
+    feeds: str | None,
+    shapes: tuple[str, ...],
+    batch: int | None,
+    threads: int,
+    warmup: int,
+    seconds: float,
+    provider: str,
+    json_path: str | None,
+    quiet: bool,
+) -> int:
+    """Measure models side by side: MACs, parameters, file size, peak memory, latency.
+
+    \b
+    onnxprune bench model.onnx smaller.onnx --batch 8
+    """
+    from onnxprune.benchmark import benchmark, table
+    from onnxprune.importer import load
+    from onnxprune.shapes import seeded_feeds
+
+    def macs(path: str, arrays: Mapping[str, np.ndarray]) -> int | None:
+        return _macs(load(path, arrays))
+
+    given = _feeds(feeds)
+    if given is None and batch is None:
+        first = load(models[0], None, _shapes(shapes))
+        given = seeded_feeds(first.proto, first.input_shapes)
+    with _progress(quiet) as say:
+        measured = benchmark(
+            models,
+            given,
+            batch=batch,
+            threads=threads,
+            warmup=warmup,
+            seconds=seconds,
+            provider=provider,
+            macs=macs,
+            progress=say,
+        )
+    _write_json([m.to_json() for m in measured], json_path)
+    if not quiet and json_path != "-":
+        _console().print(table(measured))
+    return 0
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A line on standard error that says what is going on; nothing where that is not a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("starting") as status:
+        yield lambda text: status.update(text)
+
+
+def _feeds(path: str | None) -> dict[str, np.ndarray] | None:
+    if path is None:
+        return None
+    from onnxprune.evaluation import read_arrays
+
+    return read_arrays(path)
+
+
+def _shapes(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        name, _, sizes = text.rpartition("=")
+        try:
+            found[name] = tuple(int(s) for s in sizes.split(",") if s.strip())
+        except ValueError:
+            name = ""
+        if not name or any(s < 1 for s in found[name]):
+            raise OnnxPruneError(f"--input-shape '{text}': write it as NAME=1,3,224,224")
+    return found
+
+
+def _ratios(texts: tuple[str, ...]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for text in texts:
+        pattern, _, ratio = text.rpartition("=")
+        try:
+            found[pattern] = float(ratio)
+        except ValueError:
+            pattern = ""
+        if not pattern:
+            raise OnnxPruneError(f"--layer-ratio '{text}': write it as 'GLOB=0.3'")
+    return found
+
+
+def _write_json(content: Any, path: str | None) -> None:
+    from onnxprune.writing import write_text
+
+    if path == "-":
+        click.echo(json.dumps(content))
+    elif path:
+        write_text(json.dumps(content), path)

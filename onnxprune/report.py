@@ -1,0 +1,116 @@
+"""What people see in the terminal: groups, widths before and after, the proof, accuracy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from onnxprune.api import Result
+from onnxprune.evaluation import Evaluation
+from onnxprune.grouping import Group, Grouping
+from onnxprune.verification import Proof
+
+
+def _table(*columns: tuple[str, str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title, side in columns:
+        table.add_column(title, justify="right" if side == "right" else "left", overflow="fold")
+    return table
+
+
+def _where(group: Group) -> str:
+    names = list(dict.fromkeys(m.tensor for m in group.members))
+    return escape(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def show_groups(console: Console, grouping: Grouping, proof: Proof | None) -> None:
+    """A line a group, then what is fixed, by reason."""
+    units = sum(g.units for g in grouping.groups)
+    console.print(f"[bold]{escape(grouping.model.name)}[/]: {len(grouping.groups)} groups, {units} units")
+    table = _table(("group", "right"), ("units", "right"), ("tensors", "left"), ("proof", "left"))
+    idle = set(proof.unexercised) if proof else set()
+    for group in grouping.groups:
+        state = "not run" if proof is None else "not exercised" if group.id in idle else "proven"
+        state = "unchecked" if proof and group.id in proof.unchecked else state
+        table.add_row(str(group.id), str(group.units), _where(group), state + (", statistics" if group.statistics else ""))
+    if grouping.groups:
+        console.print(table)
+    if grouping.fixed:
+        console.print("fixed:")
+        for reason, count in Counter(reason for _, _, reason in grouping.fixed).most_common():
+            example = next((tensor, axis) for tensor, axis, why in grouping.fixed if why == reason)
+            console.print(f"  {count} × {escape(reason)} (such as {escape(example[0])}, axis {example[1]})", soft_wrap=True)
+
+
+def show_result(console: Console, result: Result, ratio: float | None, of: str) -> None:
+    """The widths of every group before and after, and what went."""
+    table = _table(("group", "right"), ("tensors", "left"), ("units", "right"), ("", "left"))
+    for group in result.plan.groups:
+        gone = len(result.plan.remove.get(group.id, ()))
+        if gone:
+            kept = group.units - gone
+            table.add_row(str(group.id), _where(group), f"{group.units} → {kept}", _bar(kept / group.units))
+    if table.row_count:
+        console.print(table)
+    for title, (before, after) in (("MACs", result.macs), ("parameters", result.parameters)):
+        if before:
+            console.print(f"{title}: {before:,} → {after:,} ({1 - after / before:.1%} less)")
+    if ratio is not None and not result.on_budget:
+        console.print(f"[yellow]asked for {ratio:.1%} of {of}; {result.reached:.1%} is the closest that the groups allow[/]")
+
+
+def _bar(share: float, width: int = 20) -> str:
+    full = round(share * width)
+    return f"[green]{'━' * full}[/][dim]{'─' * (width - full)}[/]"
+
+
+def show_proof(console: Console, proof: Proof | None) -> None:
+    """What was proven, in plain words, gaps in standard deviations of the outputs."""
+    if proof is None:
+        console.print("[yellow]not verified[/]")
+        return
+    count = len(proof.proven) + len(proof.unexercised) + len(proof.unchecked)
+    console.print(
+        f"proof: {count} groups permuted, outputs move by {proof.permutation:.1e} standard deviations "
+        f"(rounding {proof.rounding:.1e}, allowed {proof.tolerance:.1e})"
+    )
+    for text, ids in (
+        ("not exercised by these inputs", proof.unexercised),
+        ("left unchecked for time whether they are exercised", proof.unchecked),
+    ):
+        if ids:
+            console.print(f"[yellow]  {text}: groups {_some(ids)}[/]")
+    for reason, ids in _by_reason(proof).items():
+        console.print(f"[yellow]  kept whole, {escape(reason)}: groups {_some(ids)}[/]")
+    if proof.commuting is not None:
+        console.print(f"  pruning a permuted model gives the same outputs: {proof.commuting:.1e}")
+    if proof.masked is not None:
+        console.print(f"  the original with zeros in place of the units gives the same outputs: {proof.masked:.1e}")
+    if proof.statistics:
+        console.print(f"  {len(proof.statistics)} groups also change a mean, variance, maximum or softmax: {_some(proof.statistics)}")
+    if proof.matches is not None:
+        same = proof.matches <= proof.tolerance
+        text = "is what the plan leaves" if same else "has the plan's shapes and other weights (trained on or compensated)"
+        console.print(f"  the pruned model {text}: {proof.matches:.1e}")
+
+
+def _by_reason(proof: Proof) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for number, reason in proof.frozen.items():
+        found.setdefault(reason, []).append(number)
+    return found
+
+
+def _some(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids[:8])) + (" …" if len(ids) > 8 else "")
+
+
+def show_evaluation(console: Console, found: Evaluation) -> None:
+    if found.before is not None and found.after is not None:
+        console.print(f"accuracy on {found.samples} samples: {found.before:.2%} → [bold]{found.after:.2%}[/]")
+    console.print(f"same class as the original: {found.agreement:.2%} of {found.samples} samples")
