@@ -207,8 +207,13 @@ def _apply(
 ) -> tuple[Result, Bench | None]:
     content = plan.to_json() if isinstance(plan, Plan) else read_plan(plan)
     options = content.get("options") or {}
-    sizes = input_shapes or ({} if feeds else {k: tuple(v) for k, v in (options.get("input_shapes") or {}).items()})
-    loaded = _load(model, feeds, sizes, progress)
+    planned = {k: tuple(v) for k, v in (options.get("input_shapes") or {}).items()}
+    try:
+        loaded = _load(model, feeds, input_shapes or ({} if feeds else planned), progress)
+    except OnnxPruneError:
+        if feeds or input_shapes or not planned:
+            raise
+        loaded = _load(model, None, None, progress)  # the plan's shapes do not fit: `match` says what else does not
     made = match(group(loaded, options.get("allow_io") or ()), content)
     proof, bench = None, None
     if verify:
