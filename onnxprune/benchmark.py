@@ -194,8 +194,7 @@ def _feeds_for(model: ModelProto, file: str, feeds: Mapping[str, np.ndarray] | N
     with_default = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in with_default]
     dims: dict[str, list[int | str]] = {
-        v.name: [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in v.type.tensor_type.shape.dim]
-        for v in inputs
+        v.name: [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in v.type.tensor_type.shape.dim] for v in inputs
     }
     leading = {shape[0] for shape in dims.values() if shape}
     if batch not in (None, *leading) and not any(isinstance(size, str) for size in leading):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ class Commands(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
+            if not args[0].startswith("-") and not args[0].endswith(".onnx") and not Path(args[0]).exists():
+                raise OnnxPruneError(f"'{args[0]}' is neither a file nor a command ({', '.join(self.commands)}); see `onnxprune --help`")
             args = ["prune", *args]
         return super().parse_args(ctx, args)
 
@@ -49,6 +52,11 @@ class Commands(click.Group):
             sys.exit(2)
         except BrokenPipeError:
             sys.exit(0)
+        except Exception as error:
+            if os.environ.get("ONNXPRUNE_DEBUG"):
+                raise
+            _complain(f"unexpected {type(error).__name__} ({error}); nothing is written; ONNXPRUNE_DEBUG=1 shows where, please report it")
+            sys.exit(4)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -88,9 +96,7 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 MODEL = click.argument("model", metavar="MODEL.onnx")
 FEEDS = options(
     click.option("--feeds", metavar="FILE.npz", help="Inputs for the proof and the counters: an array for each input."),
-    click.option(
-        "--input-shape", "shapes", metavar="NAME=1,3,224,224", multiple=True, help="An input's shape instead (seeded values)."
-    ),
+    click.option("--input-shape", "shapes", metavar="NAME=1,3,224,224", multiple=True, help="An input's shape instead (seeded values)."),
 )
 SEED = click.option("--seed", default=0, show_default=True, help="Everything random follows from it.")
 ALLOW_IO = click.option("--allow-io", multiple=True, metavar="GLOB", help="Graph inputs or outputs that may change size.")
@@ -195,19 +201,25 @@ def prune(
         if measured:
             console.print(table(measured))
     if not result.on_budget:
-        _complain(f"the budget is out of reach: {result.reached:.1%} of {chosen['of']} went, {ratio:.1%} was asked; {target} is the closest")
+        _complain(
+            f"the budget is out of reach: {result.reached:.1%} of {chosen['of']} went, {ratio:.1%} was asked; {target} is the closest"
+        )
         return 3
     return 0
 
 
 def _measure(files: list[str], result: Any, feeds: Any, provider: str, say: Callable[[str], None]) -> list[Measurement]:
     """The benchmark of both models; a model that it cannot run is no reason to lose the result."""
+    import numpy as np
+
     from onnxprune.benchmark import benchmark
     from onnxprune.importer import load
     from onnxprune.shapes import seeded_feeds
 
     model: Any = result.plan.grouping.model
-    given = feeds if feeds is not None else seeded_feeds(model.proto, model.input_shapes)
+    given = seeded_feeds(model.proto, model.input_shapes)
+    if feeds is not None:
+        given = {name: np.asarray(feeds[name]).astype(array.dtype) for name, array in given.items()}
     counts = dict(zip(files, result.macs, strict=True))
 
     def macs(path: str, arrays: Mapping[str, np.ndarray]) -> int | None:
@@ -273,9 +285,7 @@ def groups(
 
 @main.command()
 @MODEL
-@options(
-    click.option("--output", "-o", metavar="FILE", required=True, help="The plan, as JSON."), CHOICE, FEEDS, SEED, VERIFY, QUIET
-)
+@options(click.option("--output", "-o", metavar="FILE", required=True, help="The plan, as JSON."), CHOICE, FEEDS, SEED, VERIFY, QUIET)
 def plan(
     model: str,
     output: str,

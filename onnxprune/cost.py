@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from onnxprune import layouts
+from onnxprune.folding import attributes
 from onnxprune.grouping import Grouping
 from onnxprune.importer import FLOATS, Model
 from onnxprune.layouts import Dim, Layout, find
 from onnxprune.relations import Axis, Site
-from onnxprune.shapes import attributes
 
 Term = tuple[float, tuple[Axis, ...]]
 
@@ -55,9 +55,7 @@ COUNTED = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "
 
 def parameter_terms(model: Model) -> list[Term]:
     """Elements of every float initializer and Constant of the main graph."""
-    return [
-        (1, tuple((name, i) for i in range(len(tensor.dims)))) for name, tensor in model.tensors.items() if tensor.data_type in FLOATS
-    ]
+    return [(1, tuple((name, i) for i in range(len(tensor.dims)))) for name, tensor in model.tensors.items() if tensor.data_type in FLOATS]
 
 
 @dataclass(frozen=True)

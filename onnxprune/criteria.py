@@ -56,8 +56,8 @@ def weights(model: Model, group: Group) -> list[Member]:
 
 def rows(model: Model, member: Member) -> np.ndarray:
     """The slices of one member, float32 (units, elements of a unit)."""
-    array = np.moveaxis(model.array(member.tensor), member.axis, 0)
-    return array[member.indices.ravel()].reshape(len(member.indices), -1).astype(np.float32, copy=False)
+    array: np.ndarray = np.moveaxis(model.array(member.tensor), member.axis, 0)
+    return np.asarray(array[member.indices.ravel()].reshape(len(member.indices), -1), np.float32)
 
 
 def _along(model: Model, member: Member, power: int) -> np.ndarray:

@@ -47,7 +47,7 @@ def relate(model: Model, allow_io: Sequence[str] = ()) -> Dependencies:
         unknown = [n for n in (*node.input, *node.output) if n and n not in model.shapes]
         if rule is None or outside:
             site.fixed([a for axes in (*site.x, *site.y) for a in axes], f"no rule for operator {node.op_type}")
-        elif node.input and node.input[0] in unknown or node.output[0] in unknown:
+        elif (node.input and node.input[0] in unknown) or node.output[0] in unknown:
             site.fixed([a for axes in (*site.x, *site.y) for a in axes], "its shape is unknown")
         else:
             try:

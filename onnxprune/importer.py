@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.checker
+import onnx.inliner
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxprune.errors import OnnxPruneError
-from onnxprune.shapes import Folded, infer
+from onnxprune.folding import Folded
+from onnxprune.shapes import infer
 
 Shape = tuple[int, ...]
 FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -106,7 +109,12 @@ def load(
     tensors = {t.name: t for t in proto.graph.initializer}
     for node in nodes:
         if node.op_type == "Constant":
-            tensors |= {node.output[0]: a.t for a in node.attribute if a.name == "value"}
+            tensors.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
+    if feeds is not None:
+        needed = [v.name for v in proto.graph.input if v.name not in tensors]
+        missing = [k for k in needed if k not in feeds]
+        if missing:
+            raise OnnxPruneError(f"{name}: the feeds have no '{missing[0]}'; they need {', '.join(needed)}")
     given = {k: tuple(np.shape(v)) for k, v in (feeds or {}).items()} | dict(input_shapes or {})
     result = infer(proto, nodes, tensors, given, feeds, name)
     opsets = {o.domain or "ai.onnx": o.version for o in proto.opset_import}
@@ -126,27 +134,55 @@ def load(
 
 
 def _check_tensors(proto: ModelProto, name: str) -> None:
-    for tensor in proto.graph.initializer:
-        if not tensor.HasField("raw_data") or tensor.data_location == TensorProto.EXTERNAL:
-            continue
-        if tensor.data_type in (TensorProto.UNDEFINED, TensorProto.STRING):
-            continue
-        try:
-            width = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        except (KeyError, TypeError):
+    """Every tensor's data has the size that its shape says."""
+    constants = [a.t for n in proto.graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
+    for tensor in (*proto.graph.initializer, *constants):
+        kind = tensor.data_type
+        if tensor.data_location == TensorProto.EXTERNAL or kind == TensorProto.UNDEFINED:
             continue
         count = int(np.prod(tensor.dims, dtype=np.int64))
-        if tensor.data_type <= TensorProto.BFLOAT16 and len(tensor.raw_data) != count * width:
+        try:
+            width = helper.tensor_dtype_to_np_dtype(kind).itemsize
+            field = helper.tensor_dtype_to_field(kind)
+        except (KeyError, TypeError):
+            continue
+        if tensor.HasField("raw_data"):
+            if kind > TensorProto.BFLOAT16:  # types that pack several elements into a byte
+                continue
+            needs, holds, what = count * width, len(tensor.raw_data), "bytes"
+        else:
+            twice = 2 if kind in (TensorProto.COMPLEX64, TensorProto.COMPLEX128) else 1
+            needs, holds, what = count * twice, len(getattr(tensor, field)), "elements"
+            if kind > TensorProto.BFLOAT16:
+                continue
+        if needs != holds:
             raise OnnxPruneError(
-                f"{name}: initializer '{tensor.name}' of shape {list(tensor.dims)} needs {count * width} bytes "
-                f"and holds {len(tensor.raw_data)}; export the model again"
+                f"{name}: tensor '{tensor.name}' of shape {list(tensor.dims)} needs {needs} {what} and holds {holds}; export the model again"
             )
 
 
 def _sorted(proto: ModelProto, name: str) -> tuple[NodeProto, ...]:
     """The main graph's nodes in an order in which each comes after what it reads."""
     made: set[str] = set()
-    producers = {out: i for i, node in enumerate(proto.graph.node) for out in node.output if out}
+    producers: dict[str, int] = {}
+    known = {v.name for v in proto.graph.input} | {t.name for t in proto.graph.initializer}
+    known |= {t.values.name for t in proto.graph.sparse_initializer} | {""}
+    for i, node in enumerate(proto.graph.node):
+        for out in node.output:
+            if out and (out in producers or out in known):
+                raise OnnxPruneError(
+                    f"{name}: the value '{out}' is made twice, again by node '{node.name}' ({node.op_type}); export it again"
+                )
+            producers |= {out: i} if out else {}
+    for node in proto.graph.node:
+        for value in node.input:
+            if value not in known and value not in producers:
+                raise OnnxPruneError(
+                    f"{name}: node '{node.name or node.output[0]}' ({node.op_type}) reads '{value}', which nothing makes; export it again"
+                )
+    for output in proto.graph.output:
+        if output.name not in known and output.name not in producers:
+            raise OnnxPruneError(f"{name}: the output '{output.name}' is made by no node; export it again")
     nodes, waiting = [], list(proto.graph.node)
     while waiting:
         later = []
@@ -159,8 +195,6 @@ def _sorted(proto: ModelProto, name: str) -> tuple[NodeProto, ...]:
                 made |= set(node.output)
         if len(later) == len(waiting):
             node = later[0]
-            raise OnnxPruneError(
-                f"{name}: the graph has a cycle at node '{node.name or node.output[0]}' ({node.op_type}); export it again"
-            )
+            raise OnnxPruneError(f"{name}: the graph has a cycle at node '{node.name or node.output[0]}' ({node.op_type}); export it again")
         waiting = later
     return tuple(nodes)

@@ -300,10 +300,7 @@ def alive(layout: Layout, kept: dict[Dim, np.ndarray]) -> np.ndarray:
         mask = np.ones((), bool)
         for dim in segment:
             dim = find(dim)
-            if dim.layout is not None:
-                own = alive(dim.layout, kept)
-            else:
-                own = kept[dim] if dim in kept else np.ones(dim.size, bool)
+            own = alive(dim.layout, kept) if dim.layout is not None else kept[dim] if dim in kept else np.ones(dim.size, bool)
             mask = mask[..., None] & own
         pieces.append(mask.ravel())
     return np.concatenate(pieces) if pieces else np.ones(0, bool)

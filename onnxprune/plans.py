@@ -88,22 +88,22 @@ def match(grouping: Grouping, content: Mapping[str, Any]) -> Plan:
             found = list(model.tensors[tensor].dims)
             raise OnnxPruneError(f"{model.name}: '{tensor}' is {found}, in the plan {shape}; the plan was made for another model")
     by_place: dict[tuple[str, int], list[Group]] = {}
-    for group in grouping.groups:
-        for member in group.members:
-            by_place.setdefault((member.tensor, member.axis), []).append(group)
+    for own in grouping.groups:
+        for member in own.members:
+            by_place.setdefault((member.tensor, member.axis), []).append(own)
     remove: dict[int, np.ndarray] = {}
     for entry in content["groups"]:
         if not entry.get("remove"):
             continue
         members = [(str(m["tensor"]), int(m["axis"]), np.asarray(m["indices"], np.int64)) for m in entry["members"]]
         candidates = by_place.get(members[0][:2], []) if members else []
-        found = next((g for g in candidates if _fits(g, members)), None)
-        if found is None:
+        matching = [g for g in candidates if _fits(g, members)]
+        if not matching:
             where = f"{members[0][0]} axis {members[0][1]}" if members else "nowhere"
             raise OnnxPruneError(
                 f"{model.name}: no group of its is like group {entry['id']} of the plan ({where}); the plan was made for another model"
             )
-        remove[found.id] = np.array(sorted(int(u) for u in entry["remove"]), np.int64)
+        remove[matching[0].id] = np.array(sorted(int(u) for u in entry["remove"]), np.int64)
     return Plan(grouping, remove, dict(content.get("options") or {}), float(content.get("reached") or 0.0))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
-from onnxprune.shapes import Folded, attributes
+from onnxprune.folding import Folded, attributes
 
 Axis = tuple[str, int]
 

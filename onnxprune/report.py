@@ -85,8 +85,8 @@ def show_proof(console: Console, proof: Proof | None) -> None:
     ):
         if ids:
             console.print(f"[yellow]  {text}: groups {_some(ids)}[/]")
-    for reason, ids in _by_reason(proof).items():
-        console.print(f"[yellow]  kept whole, {escape(reason)}: groups {_some(ids)}[/]")
+    for reason, failed in _by_reason(proof).items():
+        console.print(f"[yellow]  kept whole, {escape(reason)}: groups {_some(failed)}[/]")
     if proof.commuting is not None:
         console.print(f"  pruning a permuted model gives the same outputs: {proof.commuting:.1e}")
     if proof.masked is not None:

@@ -9,11 +9,11 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from onnxprune import layouts
 from onnxprune.errors import OnnxPruneError
+from onnxprune.folding import Folded, fold
 from onnxprune.grouping import Grouping
 from onnxprune.importer import Model, captured
 from onnxprune.layouts import Dim, find
 from onnxprune.relations import Axis, Mend
-from onnxprune.shapes import Folded, fold
 
 Remove = Mapping[int, np.ndarray]
 

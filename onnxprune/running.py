@@ -54,9 +54,7 @@ def _uses_other_floats(graph: GraphProto) -> bool:
         return True
     for node in graph.node:
         for attribute in node.attribute:
-            if (attribute.HasField("t") and attribute.t.data_type in _WIDE) or (
-                attribute.name in ("to", "dtype") and attribute.i in _WIDE
-            ):
+            if (attribute.HasField("t") and attribute.t.data_type in _WIDE) or (attribute.name in ("to", "dtype") and attribute.i in _WIDE):
                 return True
         if any(_uses_other_floats(inner) for inner in subgraphs(node)):
             return True
@@ -118,7 +116,7 @@ class Runner:
         found = {t.name: t for t in proto.graph.initializer}
         for node in proto.graph.node:
             if node.op_type == "Constant":
-                found |= {node.output[0]: a.t for a in node.attribute if a.name == "value"}
+                found.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
         return found
 
     def _open(self) -> ModelProto:

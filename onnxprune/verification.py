@@ -16,11 +16,12 @@ import onnx
 from onnx import ModelProto
 
 from onnxprune.errors import OnnxPruneError
+from onnxprune.folding import attributes
 from onnxprune.grouping import Group, Grouping, Member, without
 from onnxprune.importer import FLOATS, Model
 from onnxprune.rewriter import rewrite
 from onnxprune.running import Arrays, Runner, distance, first_line, jittered, session, widened
-from onnxprune.shapes import attributes, seeded_feeds
+from onnxprune.shapes import seeded_feeds
 
 LEAST, MOST = 1e-3, 2.5e-2  # standard deviations of an output: what always counts as equal, and what never does
 Progress = Callable[[str], None]
@@ -82,7 +83,10 @@ def prepare(grouping: Grouping, feeds: Arrays | None = None, seed: int = 0) -> B
     given = feeds if feeds is not None else seeded_feeds(model.proto, model.input_shapes, seed)
     names = {m.tensor for g in grouping.groups for m in g.members}
     runner = Runner(model.proto, names, watch=_behind_integers(model))
-    reference = runner.run(given)
+    try:
+        reference = runner.run(given)
+    except OnnxPruneError as error:
+        raise OnnxPruneError(f"{model.name}: {error}", 4 if feeds is None else 2) from error
     arrays = {name: model.array(name) for name in names}
     bench = Bench(model, runner, given, arrays, reference, 0.0)
     rng = np.random.default_rng([seed, 1])
@@ -252,7 +256,7 @@ def check_model(bench: Bench, pruned: ModelProto) -> dict[str, np.ndarray]:
 
     Raises OnnxPruneError (exit code 4) where any of it fails.
     """
-    for check in (onnx.checker.check_model, lambda m: onnx.shape_inference.infer_shapes(m, strict_mode=True)):
+    for check in (onnx.checker.check_model, _infer_strictly):
         try:
             check(pruned)
         except Exception as error:
@@ -279,6 +283,10 @@ def check_model(bench: Bench, pruned: ModelProto) -> dict[str, np.ndarray]:
         except OnnxPruneError:
             session_of_original(bench)
     return outputs
+
+
+def _infer_strictly(proto: ModelProto) -> None:
+    onnx.shape_inference.infer_shapes(proto, strict_mode=True)
 
 
 def compare(bench: Bench, expected: ModelProto, given: ModelProto) -> float:

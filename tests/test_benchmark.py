@@ -45,9 +45,7 @@ def save(tmp_path: Path) -> Save:
     return write
 
 
-def feeds_seen(
-    path: Path, feeds: dict[str, np.ndarray] | None = None, batch: int | None = None
-) -> dict[str, np.ndarray]:
+def feeds_seen(path: Path, feeds: dict[str, np.ndarray] | None = None, batch: int | None = None) -> dict[str, np.ndarray]:
     """The feeds that the model is run on, taken where the counter of MACs gets them."""
     seen: Seen = []
 
@@ -177,9 +175,7 @@ def test_made_feeds_are_seeded_and_fit(save: Save) -> None:
 
 
 def test_integer_inputs_run(save: Save) -> None:
-    path = save(
-        "g (int64[N, 5] ids) => (float[N, 5, 4] y) { y = Gather(table, ids) }", table=np.ones((2, 4), np.float32)
-    )
+    path = save("g (int64[N, 5] ids) => (float[N, 5, 4] y) { y = Gather(table, ids) }", table=np.ones((2, 4), np.float32))
     [m] = benchmark([path], batch=3, **QUICK)
     assert (m.parameters, m.runs) == (8, 2)
 
@@ -302,9 +298,7 @@ def test_peak_memory_is_none_where_the_child_fails(save: Save, monkeypatch: pyte
     assert module._peak_memory("/no/such/model.onnx", {}, 1, "CPUExecutionProvider") is None
 
 
-def test_child_does_not_import_from_the_working_directory(
-    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_child_does_not_import_from_the_working_directory(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "numpy.py").write_text("raise SystemExit('the wrong numpy')")
     monkeypatch.setattr(sys, "path", [str(PACKAGE.parent), *sys.path[1:]])
     monkeypatch.chdir(tmp_path)

@@ -14,17 +14,71 @@ def broadcast(site: Site, inputs: Sequence[Sequence[Axis]], output: Sequence[Axi
 
 
 @rule(
-    *"Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid HardSwish".split(),
-    *"Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh".split(),
-    *"Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast Clip".split(),
+    *[
+        "Abs",
+        "Acos",
+        "Acosh",
+        "Asin",
+        "Asinh",
+        "Atan",
+        "Atanh",
+        "BitwiseNot",
+        "Ceil",
+        "Celu",
+        "Cos",
+        "Cosh",
+        "Elu",
+        "Erf",
+        "Exp",
+        "Floor",
+        "Gelu",
+        "HardSigmoid",
+        "HardSwish",
+    ],
+    *[
+        "Identity",
+        "IsInf",
+        "IsNaN",
+        "LeakyRelu",
+        "Log",
+        "Mish",
+        "Neg",
+        "Not",
+        "Reciprocal",
+        "Relu",
+        "Round",
+        "Selu",
+        "Shrink",
+        "Sigmoid",
+        "Sign",
+        "Sin",
+        "Sinh",
+    ],
+    *["Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu", "Cast", "Clip"],
 )
 def unary(site: Site) -> None:
     site.same_all(site.x[0], site.y[0])
 
 
 @rule(
-    *"Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min".split(),
-    *"Mod Mul Or Pow PRelu Sub Sum Where Xor".split(),
+    *[
+        "Add",
+        "And",
+        "BitShift",
+        "BitwiseAnd",
+        "BitwiseOr",
+        "BitwiseXor",
+        "Div",
+        "Equal",
+        "Greater",
+        "GreaterOrEqual",
+        "Less",
+        "LessOrEqual",
+        "Max",
+        "Mean",
+        "Min",
+    ],
+    *["Mod", "Mul", "Or", "Pow", "PRelu", "Sub", "Sum", "Where", "Xor"],
 )
 def variadic(site: Site) -> None:
     axes = site.x

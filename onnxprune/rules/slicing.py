@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from onnxprune.relations import Axis, Mend, Site, rule
@@ -108,7 +110,7 @@ def gather(site: Site) -> None:
     if len(bounds) > MOST_PIECES or not len(picked):
         site.fixed([x[axis], y[axis]], "Gather of too many pieces")
         return
-    pieces = {a: site.new(b - a) for a, b in zip(bounds[:-1], bounds[1:], strict=True)}
+    pieces = {a: site.new(b - a) for a, b in itertools.pairwise(bounds)}
     site.concat(x[axis], list(pieces.values()))
     site.concat(y[axis], [pieces[int(i)] for i in picked if int(i) in pieces])
     site.mends.append(Mend(site.index, 1, take=(x[axis], y[axis])))
@@ -130,7 +132,7 @@ def pad(site: Site) -> None:
         low, high = pads[k], pads[k + len(padded)]
         if low == high == 0:
             site.same(x[i], y[i])
-        elif site.get("mode", "constant") != "constant" or low < 0 or high < 0 or i >= 2 and len(x) > 3:
+        elif site.get("mode", "constant") != "constant" or low < 0 or high < 0 or (i >= 2 and len(x) > 3):
             site.fixed([x[i], y[i]], "padded or cropped axis")
         else:
             before, after = site.new(low), site.new(high)
