@@ -228,7 +228,7 @@ def _feeds_for(model: ModelProto, file: str, feeds: Mapping[str, np.ndarray] | N
 
 def _runner(file: str, feeds: Feeds, threads: int, provider: str) -> Run:
     """A function that runs the model once, in a session of its own that has run once already."""
-    import onnxruntime as ort  # type: ignore[import-untyped]
+    import onnxruntime as ort
     from onnx.helper import np_dtype_to_tensor_dtype
 
     available = ort.get_available_providers()

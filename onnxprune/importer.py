@@ -156,8 +156,9 @@ def _check_tensors(proto: ModelProto, name: str) -> None:
             if kind > TensorProto.BFLOAT16:
                 continue
         if needs != holds:
+            shape = list(tensor.dims)
             raise OnnxPruneError(
-                f"{name}: tensor '{tensor.name}' of shape {list(tensor.dims)} needs {needs} {what} and holds {holds}; export the model again"
+                f"{name}: tensor '{tensor.name}' of shape {shape} needs {needs} {what} and holds {holds}; export the model again"
             )
 
 

@@ -118,13 +118,13 @@ def shuffled(group: Group, seed: int) -> np.ndarray:
     return order
 
 
-def permuted(arrays: Arrays, groups: Sequence[Group], seed: int = 1, omit: Callable[[Member], bool] | None = None) -> dict[str, np.ndarray]:
-    """The tensors of the groups with their units in another order wherever they live (but in the members to omit)."""
+def permuted(arrays: Arrays, groups: Sequence[Group], seed: int = 1, omit: Member | None = None) -> dict[str, np.ndarray]:
+    """The tensors of the groups with their units in another order wherever they live (but in the member to omit)."""
     changed: dict[str, np.ndarray] = {}
     for group in groups:
         order = shuffled(group, seed)
         for member in group.members:
-            if omit is not None and omit(member):
+            if member is omit:
                 continue
             array = changed.get(member.tensor, arrays[member.tensor])
             index = np.arange(array.shape[member.axis])
@@ -222,7 +222,7 @@ def _wrongly_permuted(bench: Bench, group: Group, seed: int) -> list[dict[str, n
         noise = np.random.default_rng(seed).standard_normal(array.shape) * (array.std() + 1e-3)
         return [{member.tensor: (array + noise).astype(array.dtype)}] if array.dtype.kind == "f" else []
     weights.sort(key=lambda m: -int(np.prod(tensors[m.tensor].dims)))
-    return [permuted(bench.arrays, [group], seed, omit=lambda m, left=one: m is left) for one in weights[:3]]
+    return [permuted(bench.arrays, [group], seed, omit=one) for one in weights[:3]]
 
 
 def prove_surgery(

@@ -6,6 +6,16 @@ from collections.abc import Sequence
 
 from onnxprune.relations import Axis, Site, rule
 
+UNARY = """
+    Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid HardSwish
+    Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus
+    Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast Clip
+""".split()
+VARIADIC = """
+    Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod
+    Mul Or Pow PRelu Sub Sum Where Xor
+""".split()
+
 
 def broadcast(site: Site, inputs: Sequence[Sequence[Axis]], output: Sequence[Axis]) -> None:
     """Shapes align at the last axis; an input axis of size 1 is repeated (ONNX's Broadcasting.md)."""
@@ -13,73 +23,12 @@ def broadcast(site: Site, inputs: Sequence[Sequence[Axis]], output: Sequence[Axi
         site.same_all(list(axes)[::-1], list(output)[::-1])
 
 
-@rule(
-    *[
-        "Abs",
-        "Acos",
-        "Acosh",
-        "Asin",
-        "Asinh",
-        "Atan",
-        "Atanh",
-        "BitwiseNot",
-        "Ceil",
-        "Celu",
-        "Cos",
-        "Cosh",
-        "Elu",
-        "Erf",
-        "Exp",
-        "Floor",
-        "Gelu",
-        "HardSigmoid",
-        "HardSwish",
-    ],
-    *[
-        "Identity",
-        "IsInf",
-        "IsNaN",
-        "LeakyRelu",
-        "Log",
-        "Mish",
-        "Neg",
-        "Not",
-        "Reciprocal",
-        "Relu",
-        "Round",
-        "Selu",
-        "Shrink",
-        "Sigmoid",
-        "Sign",
-        "Sin",
-        "Sinh",
-    ],
-    *["Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu", "Cast", "Clip"],
-)
+@rule(*UNARY)
 def unary(site: Site) -> None:
     site.same_all(site.x[0], site.y[0])
 
 
-@rule(
-    *[
-        "Add",
-        "And",
-        "BitShift",
-        "BitwiseAnd",
-        "BitwiseOr",
-        "BitwiseXor",
-        "Div",
-        "Equal",
-        "Greater",
-        "GreaterOrEqual",
-        "Less",
-        "LessOrEqual",
-        "Max",
-        "Mean",
-        "Min",
-    ],
-    *["Mod", "Mul", "Or", "Pow", "PRelu", "Sub", "Sum", "Where", "Xor"],
-)
+@rule(*VARIADIC)
 def variadic(site: Site) -> None:
     axes = site.x
     if site.opset < 7 and site.get("broadcast"):  # the second input stands at `axis` of the first
