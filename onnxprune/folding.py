@@ -69,7 +69,7 @@ def _reduce(function: Callable[..., Any]) -> Callable[[Numbers, Attributes], np.
 
 def _div(x: Numbers, a: Attributes) -> np.ndarray:
     if x[0].dtype.kind in "iu":  # C's division: towards zero
-        return (np.sign(x[0]) * np.sign(x[1]) * (np.abs(x[0]) // np.abs(x[1]))).astype(x[0].dtype)
+        return np.asarray(np.sign(x[0]) * np.sign(x[1]) * (np.abs(x[0]) // np.abs(x[1]))).astype(x[0].dtype)
     return np.asarray(x[0] / x[1])
 
 
