@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +106,7 @@ def load(
     proto, name = read(source)
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
+    proto = _without_duplicates(proto)
     _check_tensors(proto, name)
     nodes = _sorted(proto, name)
     tensors = {t.name: t for t in proto.graph.initializer}
@@ -133,6 +136,28 @@ def load(
     )
 
 
+def _without_duplicates(proto: ModelProto) -> ModelProto:
+    """Node names made unique and, of initializers of one name, the last (onnxruntime takes that one, and no node name twice)."""
+    nodes = Counter(n.name for n in proto.graph.node if n.name)
+    tensors = Counter(t.name for t in proto.graph.initializer)
+    if max(nodes.values(), default=1) == 1 and max(tensors.values(), default=1) == 1:
+        return proto
+    copy = ModelProto()
+    copy.CopyFrom(proto)
+    seen: Counter[str] = Counter()
+    for node in copy.graph.node:
+        seen[node.name] += 1
+        if node.name and seen[node.name] > 1:
+            fresh = next(f"{node.name}_{k}" for k in count(seen[node.name]) if f"{node.name}_{k}" not in nodes)
+            nodes[fresh] += 1
+            node.name = fresh
+    last = {t.name: i for i, t in enumerate(copy.graph.initializer)}
+    for i in reversed(range(len(copy.graph.initializer))):
+        if last[copy.graph.initializer[i].name] != i:
+            del copy.graph.initializer[i]
+    return copy
+
+
 def _check_tensors(proto: ModelProto, name: str) -> None:
     """Every tensor's data has the size that its shape says."""
     constants = [a.t for n in proto.graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
@@ -140,7 +165,7 @@ def _check_tensors(proto: ModelProto, name: str) -> None:
         kind = tensor.data_type
         if tensor.data_location == TensorProto.EXTERNAL or kind == TensorProto.UNDEFINED:
             continue
-        count = int(np.prod(tensor.dims, dtype=np.int64))
+        elements = int(np.prod(tensor.dims, dtype=np.int64))
         try:
             width = helper.tensor_dtype_to_np_dtype(kind).itemsize
             field = helper.tensor_dtype_to_field(kind)
@@ -149,10 +174,10 @@ def _check_tensors(proto: ModelProto, name: str) -> None:
         if tensor.HasField("raw_data"):
             if kind > TensorProto.BFLOAT16:  # types that pack several elements into a byte
                 continue
-            needs, holds, what = count * width, len(tensor.raw_data), "bytes"
+            needs, holds, what = elements * width, len(tensor.raw_data), "bytes"
         else:
             twice = 2 if kind in (TensorProto.COMPLEX64, TensorProto.COMPLEX128) else 1
-            needs, holds, what = count * twice, len(getattr(tensor, field)), "elements"
+            needs, holds, what = elements * twice, len(getattr(tensor, field)), "elements"
             if kind > TensorProto.BFLOAT16:
                 continue
         if needs != holds:
