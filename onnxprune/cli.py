@@ -200,6 +200,7 @@ def prune(
             report.show_evaluation(console, accuracy)
         if measured:
             console.print(table(measured))
+            report.hint_alignment(console, measured, result)
     if not result.on_budget:
         _complain(
             f"the budget is out of reach: {result.reached:.1%} of {chosen['of']} went, {ratio:.1%} was asked; {target} is the closest"

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from onnxprune.api import Result
+from onnxprune.benchmark import Measurement
 from onnxprune.evaluation import Evaluation
 from onnxprune.grouping import Group, Grouping
 from onnxprune.verification import Proof
@@ -108,6 +109,15 @@ def _by_reason(proof: Proof) -> dict[str, list[int]]:
 
 def _some(ids: Sequence[int]) -> str:
     return ", ".join(map(str, ids[:8])) + (" …" if len(ids) > 8 else "")
+
+
+def hint_alignment(console: Console, measured: Sequence[Measurement], result: Result) -> None:
+    """Say what to do where the pruned model is not as much faster as it is smaller."""
+    before, after = measured[0].latency_median_s, measured[1].latency_median_s
+    if result.plan.options.get("align") == 1 and after > 0.9 * before:
+        console.print(
+            "[yellow]smaller, and hardly faster: fast kernels want widths that are multiples of 8 or 16; try --align 8 or --align 16[/]"
+        )
 
 
 def show_evaluation(console: Console, found: Evaluation) -> None:

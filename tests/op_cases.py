@@ -104,7 +104,7 @@ def binary() -> Iterator[Case]:
         for form, shape in shapes.items():
             channel = {(8, 1, 1): " c:0=8", (1, 8, 1, 1): " c:1=8", (1, 8, 6, 6): " c:1=8"}.get(shape, "")
             fixed = {(6, 6): "c:0 c:1", (1, 8, 6, 6): "c:0 c:2 c:3"}.get(shape, "")
-            yield image(f"{op}-{form}", f"s = Sigmoid (h) z = {op} (s, c)", {"c": np.full(shape, 0.7, np.float32) + _ramp(shape)}, channel, fixed, masks=op != "Div")
+            yield image(f"{op}-{form}", f"s = Sigmoid (h) z = {op} (s, c)", {"c": _ramp(shape)}, channel, fixed, masks=op != "Div")
         two = "v = Conv (x, v1) s = Sigmoid (v) t = Sigmoid (h)"
         yield image(f"{op}-computed", f"{two} z = {op} (t, s)", {"v1": (8, 3, 3, 3)[:2] + (1, 1)}, "v1:0=8")
     for op in "Add Mul".split():
@@ -127,7 +127,7 @@ def binary() -> Iterator[Case]:
 
 
 def _ramp(shape: tuple[int, ...]) -> np.ndarray:
-    return (np.arange(int(np.prod(shape)), dtype=np.float32) % 13).reshape(shape) / 20
+    return np.asarray(0.7 + np.arange(int(np.prod(shape))).reshape(shape) % 13 / 20, np.float32)
 
 
 def convolutions() -> Iterator[Case]:
