@@ -41,7 +41,7 @@ class Commands(click.Group):
             _complain(str(error))
             sys.exit(error.exit_code)
         except click.exceptions.Abort:
-            _complain("interrupted; nothing was left behind")
+            _complain("interrupted; no half-written file is left")
             sys.exit(INTERRUPTED)
         except click.ClickException as error:
             hint = f"; see `{error.ctx.command_path} --help`" if isinstance(error, click.UsageError) and error.ctx else ""

@@ -228,14 +228,14 @@ def norms() -> Iterator[Case]:
         extra: Weights = {"last": [-1]} if opset == 18 else {}
         yield rows(f"layer-norm-decomposed-{opset}", f"{moments} t = Mul (n, g) z = Add (t, b)", {"two": one(2), "eps": one(1e-5), "g": (8,), "b": (8,)} | extra, "g:0=8 b:0=8", opset=opset, statistics=True)
     yield rows("rms-norm-decomposed", "e = Mul (h, h) m = ReduceMean <axes=[-1]> (e) f = Add (m, eps) s = Sqrt (f) n = Div (h, s) z = Mul (g, n)", {"eps": one(1e-5), "g": (8,)}, "g:0=8", statistics=True)
-    yield image("GroupNormalization-groups", "z = GroupNormalization <num_groups=4> (h, g, b)", {"g": (4,), "b": (4,)}, "w1:0 g:0 b:0 w2:1", opset=18, joined=False)
-    yield image("GroupNormalization-channels", "z = GroupNormalization <num_groups=4> (h, g, b)", {"g": (8,), "b": (8,)}, "w1:0 g:0 b:0 w2:1", opset=21, joined=False)
+    yield image("GroupNormalization-groups", "z = GroupNormalization <num_groups=4> (h, g, b)", {"g": (4,), "b": (4,)}, "w1:0 g:0 b:0 w2:1", outputs="float[2,4,6,6] y", opset=18, joined=False)
+    yield image("GroupNormalization-channels", "z = GroupNormalization <num_groups=4> (h, g, b)", {"g": (8,), "b": (8,)}, "w1:0 g:0 b:0 w2:1", outputs="float[2,4,6,6] y", opset=21, joined=False)
     for form, back in {"explicit": [2, 8, 6, 6], "free": [0, -1, 6, 6], "zeros": [0, 8, 6, -1]}.items():
         text = "r = Reshape (h, there) i = InstanceNormalization (r, s, t) q = Reshape (i, back) u = Mul (q, g) z = Add (u, b)"
         yield image(f"group-norm-decomposed-{form}", text, {"there": [0, 4, -1], "back": back, "s": (4,), "t": (4,), "g": (8, 1, 1), "b": (8, 1, 1)}, "w1:0 g:0 b:0 w2:1", joined=False)
     yield image("LRN", "z = LRN <size=3> (h)", None, "", "w1:0 b1:0 w2:1", joined=False)
     yield image("LpNormalization", "z = LpNormalization <axis=1, p=2> (h)")
-    yield image("MeanVarianceNormalization", "z = MeanVarianceNormalization <axes=[0,2,3]> (h)")
+    yield image("MeanVarianceNormalization", "z = MeanVarianceNormalization <axes=[0,2,3]> (h)", masks=False)
     yield image("MeanVarianceNormalization-channels", "z = MeanVarianceNormalization <axes=[1,2,3]> (h)", statistics=True)
     for op, opset in product(("Softmax", "LogSoftmax", "Hardmax"), (11, 13)):
         yield rows(f"{op}-{opset}-features", f"z = {op} <axis=2> (h)", opset=opset, statistics=True)
@@ -397,7 +397,7 @@ def run_time_shapes() -> Iterator[Case]:
     scale = "s = Shape (h) d = Gather (s, two) f = Cast <to=1> (d) q = Sqrt (f) z = Div (h, q)"
     yield rows("Shape-to-data", scale, {"two": np.array(2)})
     yield image("Slice-run-time", "s = Shape (h) c = Gather (s, one) d = Div (c, two) p = Slice (h, zero, d, one) q = Slice (h, d, c, one) r = Relu (q) z = Mul (p, r)", {"zero": [0], "one": [1], "two": [2]}, "w1:0=4 w2:1=4", out=4, joined=False)
-    yield image("Split-run-time", "s = Shape (h) c = Gather (s, one) d = Div (c, two) e = Concat <axis=0> (d, d) p, q = Split <axis=1> (h, e) z = Mul (p, q)", {"one": [1], "two": [2]}, "w1:0=4 w2:1=4", out=4, joined=False)
+    yield image("Split-run-time", "s = Shape (h) c = Gather (s, one) d = Div (c, two) e = Concat <axis=0> (d, d) p, q = Split <axis=1> (h, e) z = Mul (p, q)", {"one": [1], "two": [2]}, "w1:0=4 w2:1=4", outputs="float[2,4,6,6] y", out=4, joined=False)
 
 
 def weights_on_their_way() -> Iterator[Case]:
@@ -430,9 +430,9 @@ def weights_on_their_way() -> Iterator[Case]:
 def islands() -> Iterator[Case]:
     fixed: dict[str, Any] = {"covers": "", "leaves": "w1:0 b1:0", "joined": False}
     yield image("custom-operator", "z = test.custom.Mystery (h)", runs=False, covers="", leaves="w1:0 b1:0 w2:1", joined=False)
-    yield image("custom-operator-beside", "s = test.custom.Mystery (x) z = Relu (h) u = Identity (s)", runs=False, outputs="float y, float u")
-    yield image("If-captures", "m = ReduceMean <keepdims=0> (x) c = Greater (m, zero) z = If (c) <then_branch = yes () => (float a) { a = Relu (h) }, else_branch = no () => (float b) { b = Neg (h) }>", {"zero": one(0)}, **fixed)
-    yield image("If-beside", "m = ReduceMean <keepdims=0> (x) c = Greater (m, zero) k = If (c) <then_branch = yes () => (float a) { a = Relu (x) }, else_branch = no () => (float b) { b = Neg (x) }> v = Conv <pads=[1,1,1,1]> (k, v1) z = Add (h, v)", {"zero": one(0), "v1": (8, 3, 3, 3)}, "v1:0=8")
+    yield image("custom-operator-beside", "s = test.custom.Mystery (x) z = Relu (h) u = Identity (s)", runs=False, outputs="float y, float[2,3,6,6] u")
+    yield image("If-captures", "m = ReduceMean <keepdims=0> (x) c = Greater (m, zero) z = If (c) <then_branch = yes () => (float[2,8,6,6] a) { a = Relu (h) }, else_branch = no () => (float[2,8,6,6] b) { b = Neg (h) }>", {"zero": one(0)}, **fixed)
+    yield image("If-beside", "m = ReduceMean <keepdims=0> (x) c = Greater (m, zero) k = If (c) <then_branch = yes () => (float[2,3,6,6] a) { a = Relu (x) }, else_branch = no () => (float[2,3,6,6] b) { b = Neg (x) }> v = Conv <pads=[1,1,1,1]> (k, v1) z = Add (h, v)", {"zero": one(0), "v1": (8, 3, 3, 3)}, "v1:0=8")
     yield image("hidden-output", "z = Relu (h)", outputs="float y, float h", **fixed)
     yield image("hidden-output-after", "r = Relu (h) z = Conv (r, wm)", {"wm": (5, 8, 1, 1)}, "w1:0=8 wm:1=8", "wm:0 w2:1", outputs="float y, float z", out=5, joined=False)
     yield image("input-meets-hidden", "z = Concat <axis=1> (h, x)", {}, "w1:0=8 w2:1=8", out=11, joined=False)

@@ -34,6 +34,8 @@ def build(inputs: str, body: str, outputs: str, weights: Mapping[str, Weight], o
     """A model out of the text of onnx.parser, with every shape that onnx infers written down."""
     header = f'<ir_version: {8 if opset < 19 else 10}, opset_import: ["" : {opset}, "{CUSTOM}" : 1, "com.microsoft" : 1]>'
     model = onnx.parser.parse_model(f"{header} net ({inputs}) => ({outputs}) {{ {body} }}")
+    for value in (v for v in model.graph.output if not v.type.tensor_type.shape.dim):
+        value.type.tensor_type.ClearField("shape")  # the parser takes a type alone for a scalar
     rng = np.random.default_rng(seed)
     model.graph.initializer.extend(numpy_helper.from_array(values(w, rng), name) for name, w in weights.items())
     return onnx.shape_inference.infer_shapes(model)
@@ -150,7 +152,7 @@ def changed(model: ModelProto, arrays: Arrays) -> ModelProto:
     copy = duplicate(model)
     for name, tensor in tensors(copy).items():
         if name in arrays:
-            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(arrays[name]), tensor.name))
+            tensor.CopyFrom(numpy_helper.from_array(arrays[name], tensor.name))
     return copy
 
 
