@@ -14,13 +14,14 @@ from onnx import ModelProto
 from onnxprune import criteria
 from onnxprune.allocations import Limits, check_budget, check_ratio, choose
 from onnxprune.allocations import get as allocation_named
+from onnxprune.certificate import Bench, Proof, certify
 from onnxprune.cost import counter
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Grouping, group
 from onnxprune.importer import Model, load
 from onnxprune.plans import Plan, match, read_plan
 from onnxprune.rewriter import rewrite
-from onnxprune.verification import Bench, Proof, certify, check_model, compare, prove_surgery
+from onnxprune.verification import check_model, compare, prove_surgery
 
 Source = str | os.PathLike[str] | ModelProto
 Arrays = Mapping[str, np.ndarray]

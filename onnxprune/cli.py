@@ -8,19 +8,19 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from onnxprune import __version__
 from onnxprune.errors import OnnxPruneError
+from onnxprune.options import ALLOW_IO, CHOICE, FEEDS, JSON, MODEL, QUIET, SEED, VERIFY, options, read_feeds, read_ratios, read_shapes
 
 if TYPE_CHECKING:
     import numpy as np
 
     from onnxprune.benchmark import Measurement
 
-F = TypeVar("F", bound=Callable[..., Any])
 INTERRUPTED = 130
 
 
@@ -82,41 +82,6 @@ def main() -> None:
     """
 
 
-def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    """Several option decorators as one, in reading order."""
-
-    def decorate(function: F) -> F:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
-
-
-MODEL = click.argument("model", metavar="MODEL.onnx")
-FEEDS = options(
-    click.option("--feeds", metavar="FILE.npz", help="Inputs for the proof and the counters: an array for each input."),
-    click.option("--input-shape", "shapes", metavar="NAME=1,3,224,224", multiple=True, help="An input's shape instead (seeded values)."),
-)
-SEED = click.option("--seed", default=0, show_default=True, help="Everything random follows from it.")
-ALLOW_IO = click.option("--allow-io", multiple=True, metavar="GLOB", help="Graph inputs or outputs that may change size.")
-JSON = click.option("--json", "json_path", metavar="FILE", help="Write the result as JSON; - is standard output.")
-QUIET = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors; skip the benchmark.")
-VERIFY = click.option("--verify/--no-verify", default=True, help="Prove the result on the model (on by default).")
-CHOICE = options(
-    click.option("--ratio", "-r", type=float, required=True, help="Share of the budget to remove, between 0 and 1."),
-    click.option("--of", default="macs", show_default=True, metavar="macs|params|channels", help="Which budget."),
-    click.option("--criterion", default="l2", show_default=True, help="Which units go first: l1, l2, lamp, fpgm, bn-scale, random."),
-    click.option("--allocation", default="uniform", show_default=True, help="How the groups share it: uniform or global."),
-    click.option("--scope", multiple=True, metavar="GLOB", help="Prune only layers with such a node or tensor name."),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave such layers as they are."),
-    click.option("--layer-ratio", "layer_ratios", multiple=True, metavar="GLOB=RATIO", help="Share of units that go from such layers."),
-    click.option("--min-keep", default=0.1, show_default=True, help="Least that a group keeps: a share, or a number of units."),
-    click.option("--align", default=1, show_default=True, help="Keep multiples of this many units."),
-    ALLOW_IO,
-)
-
-
 @main.command()
 @MODEL
 @options(
@@ -162,15 +127,15 @@ def prune(
     for extra in (plan_out, json_path):
         if extra and extra != "-":
             check_target(extra, source)
-    given = _feeds(feeds)
-    data = _feeds(evaluation)
+    given = read_feeds(feeds)
+    data = read_feeds(evaluation)
     with _progress(quiet) as say:
         result = api.prune(
             model,
             ratio,
             feeds=given,
-            input_shapes=_shapes(shapes),
-            layer_ratios=_ratios(layer_ratios),
+            input_shapes=read_shapes(shapes),
+            layer_ratios=read_ratios(layer_ratios),
             progress=say,
             **chosen,
         )
@@ -258,17 +223,17 @@ def groups(
     onnxprune groups model.onnx
     onnxprune groups model.onnx --json groups.json
     """
+    from onnxprune.certificate import certify
     from onnxprune.grouping import group
     from onnxprune.importer import load
-    from onnxprune.verification import certify
     from onnxprune.writing import check_target
 
     if json_path and json_path != "-":
         check_target(json_path, model)
-    given = _feeds(feeds)
+    given = read_feeds(feeds)
     with _progress(quiet) as say:
         say("reading the model")
-        found, proof = group(load(model, given, _shapes(shapes)), allow_io), None
+        found, proof = group(load(model, given, read_shapes(shapes)), allow_io), None
         if verify and found.groups:
             found, proof, _ = certify(found, given, seed, progress=say)
     _write_json(found.to_json(), json_path)
@@ -310,9 +275,9 @@ def plan(
         result = api.prune(
             model,
             ratio,
-            feeds=_feeds(feeds),
-            input_shapes=_shapes(shapes),
-            layer_ratios=_ratios(layer_ratios),
+            feeds=read_feeds(feeds),
+            input_shapes=read_shapes(shapes),
+            layer_ratios=read_ratios(layer_ratios),
             progress=say,
             **chosen,
         )
@@ -349,7 +314,7 @@ def apply(model: str, plan: str, output: str, feeds: str | None, shapes: tuple[s
 
     target = check_target(output, model)
     with _progress(quiet) as say:
-        result = api.apply(model, plan, feeds=_feeds(feeds), input_shapes=_shapes(shapes), verify=verify, seed=seed, progress=say)
+        result = api.apply(model, plan, feeds=read_feeds(feeds), input_shapes=read_shapes(shapes), verify=verify, seed=seed, progress=say)
         write_model(result.model, target)
     if not quiet:
         from onnxprune import report
@@ -388,8 +353,8 @@ def verify(
             model,
             pruned,
             plan,
-            feeds=_feeds(feeds),
-            input_shapes=_shapes(shapes),
+            feeds=read_feeds(feeds),
+            input_shapes=read_shapes(shapes),
             allow_io=allow_io,
             seed=seed,
             progress=say,
@@ -438,9 +403,9 @@ def bench(
     def macs(path: str, arrays: Mapping[str, np.ndarray]) -> int | None:
         return _macs(load(path, arrays))
 
-    given = _feeds(feeds)
+    given = read_feeds(feeds)
     if given is None and batch is None:
-        first = load(models[0], None, _shapes(shapes))
+        first = load(models[0], None, read_shapes(shapes))
         given = seeded_feeds(first.proto, first.input_shapes)
     with _progress(quiet) as say:
         measured = benchmark(
@@ -477,40 +442,6 @@ def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
         return
     with console.status("starting") as status:
         yield lambda text: status.update(text)
-
-
-def _feeds(path: str | None) -> dict[str, np.ndarray] | None:
-    if path is None:
-        return None
-    from onnxprune.evaluation import read_arrays
-
-    return read_arrays(path)
-
-
-def _shapes(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {}
-    for text in texts:
-        name, _, sizes = text.rpartition("=")
-        try:
-            found[name] = tuple(int(s) for s in sizes.split(",") if s.strip())
-        except ValueError:
-            name = ""
-        if not name or any(s < 1 for s in found[name]):
-            raise OnnxPruneError(f"--input-shape '{text}': write it as NAME=1,3,224,224")
-    return found
-
-
-def _ratios(texts: tuple[str, ...]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for text in texts:
-        pattern, _, ratio = text.rpartition("=")
-        try:
-            found[pattern] = float(ratio)
-        except ValueError:
-            pattern = ""
-        if not pattern:
-            raise OnnxPruneError(f"--layer-ratio '{text}': write it as 'GLOB=0.3'")
-    return found
 
 
 def _write_json(content: Any, path: str | None) -> None:

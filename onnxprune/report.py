@@ -12,9 +12,9 @@ from rich.table import Table
 
 from onnxprune.api import Result
 from onnxprune.benchmark import Measurement
+from onnxprune.certificate import Proof
 from onnxprune.evaluation import Evaluation
 from onnxprune.grouping import Group, Grouping
-from onnxprune.verification import Proof
 
 
 def _table(*columns: tuple[str, str]) -> Table:

@@ -1,261 +1,22 @@
-"""Step 8: the proof, on the user's own model, that the groups are right and that the surgery was.
-
-If the units of a group are permuted wherever they live, the outputs stay; so a permutation of all groups that leaves the
-outputs alone certifies them, and one that does not names the groups that are wrong.
-"""
+"""Step 8: the proof that the surgery was right: pruning commutes with permuting, and equals masking."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import ModelProto
 
+from onnxprune.certificate import LEAST, MOST, Bench, Progress, Proof, behind_integers, permuted, shuffled
 from onnxprune.errors import OnnxPruneError
 from onnxprune.folding import attributes
-from onnxprune.grouping import Group, Grouping, Member, without
+from onnxprune.grouping import Group, Grouping, Member
 from onnxprune.importer import FLOATS, Model
 from onnxprune.rewriter import rewrite
-from onnxprune.running import Arrays, Runner, distance, first_line, jittered, session, widened
-from onnxprune.shapes import seeded_feeds
-
-LEAST, MOST = 1e-3, 2.5e-2  # standard deviations of an output: what always counts as equal, and what never does
-Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What was shown, each gap in standard deviations of an output.
-
-    rounding: what moving every weight by one unit in its last place changes; tolerance: what counts as equal.
-    proven, unexercised, unchecked: group ids.  frozen: {id of a group that failed: why}.
-    commuting, masked: gaps of the pruned model, None where there was nothing to compare; statistics: groups that lose units
-    and change a mean, variance, maximum or softmax, for which masking does not apply.  matches: how far a given model is
-    from what the plan leaves; infinite where its weights were trained on.
-    """
-
-    rounding: float
-    tolerance: float
-    permutation: float
-    proven: tuple[int, ...]
-    unexercised: tuple[int, ...] = ()
-    unchecked: tuple[int, ...] = ()
-    frozen: Mapping[int, str] = field(default_factory=dict)
-    commuting: float | None = None
-    masked: float | None = None
-    statistics: tuple[int, ...] = ()
-    matches: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {k: (list(v) if isinstance(v, tuple) else v) for k, v in vars(self).items()}
-
-
-@dataclass(frozen=True)
-class Bench:
-    """The original model, ready to run with any of its groups' tensors changed."""
-
-    model: Model
-    runner: Runner
-    feeds: Arrays
-    arrays: Arrays
-    reference: Arrays
-    rounding: float
-
-    @property
-    def tolerance(self) -> float:
-        return min(MOST, max(LEAST, 5 * self.rounding))
-
-    def gap(self, arrays: Arrays) -> float:
-        """How far the outputs move with these tensors; infinitely far where the model no longer runs."""
-        try:
-            return distance(self.reference, self.runner.run(self.feeds, arrays))
-        except OnnxPruneError:
-            return float("inf")
-
-
-def prepare(grouping: Grouping, feeds: Arrays | None = None, seed: int = 0) -> Bench:
-    """Run the original, on the feeds or on seeded inputs of the scale at which rounding matters least.
-
-    Raises OnnxPruneError where onnxruntime cannot (exit code 4; 2 on given feeds).
-    """
-    model = grouping.model
-    names = {m.tensor for g in grouping.groups for m in g.members}
-    runner = Runner(model.proto, names, watch=_behind_integers(model))
-    arrays = {name: model.array(name) for name in names}
-    if feeds is not None:
-        try:
-            return _bench(model, runner, feeds, arrays, seed)
-        except OnnxPruneError as error:
-            raise OnnxPruneError(str(error), 2) from error
-    seeded = seeded_feeds(model.proto, model.input_shapes, seed)
-    best = _bench(model, runner, seeded, arrays, seed)
-    for scale in _SCALES:  # outputs that normal inputs drive into saturation are all rounding
-        if 5 * best.rounding <= MOST:
-            break
-        try:
-            other = _bench(model, runner, {k: _scaled(v, scale) for k, v in seeded.items()}, arrays, seed)
-        except OnnxPruneError:
-            continue
-        best = min(best, other, key=lambda bench: bench.rounding)
-    return best
-
-
-_SCALES: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
-    lambda x: 127.5 * (1 + np.tanh(x)),  # like pixels, 0 to 255
-    lambda x: 0.5 * (1 + np.tanh(x)),  # 0 to 1
-    lambda x: 0.1 * x,
-)
-
-
-def _scaled(array: np.ndarray, scale: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    floats = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
-    return scale(array.astype(np.float32)).astype(array.dtype) if floats else array
-
-
-def _bench(model: Model, runner: Runner, feeds: Arrays, arrays: Arrays, seed: int) -> Bench:
-    try:
-        reference = runner.run(feeds)
-    except OnnxPruneError as error:
-        raise OnnxPruneError(f"{model.name}: {error}", error.exit_code) from error
-    bench = Bench(model, runner, feeds, arrays, reference, 0.0)
-    rng = np.random.default_rng([seed, 1])
-    rounding = max(bench.gap(jittered(arrays, rng)) for _ in range(2)) if arrays else 0.0
-    return replace(bench, rounding=rounding if np.isfinite(rounding) else MOST)
-
-
-def _behind_integers(model: Model) -> list[str]:
-    """The float values from which integer outputs (classes, indices) are computed: what can be compared in their stead."""
-    makers = {o: n for n in model.nodes for o in n.output if o}
-    floats = {v.name for v in model.proto.graph.output if v.type.tensor_type.elem_type in FLOATS}
-    found: list[str] = []
-    for name in model.outputs:
-        if name in floats or name not in makers:
-            continue
-        node = makers[name]
-        while node.op_type in ("Identity", "Squeeze", "Unsqueeze", "Reshape", "Cast") and node.input[0] in makers:
-            node = makers[node.input[0]]
-        if node.op_type in ("ArgMax", "ArgMin"):
-            found.append(node.input[0])
-    return found
-
-
-def shuffled(group: Group, seed: int) -> np.ndarray:
-    """An order of the units, (units,), in which none keeps its place."""
-    cycle = np.random.default_rng([seed, group.units, *group.members[0].indices[:2].ravel().tolist()]).permutation(group.units)
-    order = np.empty(group.units, np.int64)
-    order[cycle] = np.roll(cycle, 1)
-    return order
-
-
-def permuted(arrays: Arrays, groups: Sequence[Group], seed: int = 1, omit: Member | None = None) -> dict[str, np.ndarray]:
-    """The tensors of the groups with their units in another order wherever they live (but in the member to omit)."""
-    changed: dict[str, np.ndarray] = {}
-    for group in groups:
-        order = shuffled(group, seed)
-        for member in group.members:
-            if member is omit:
-                continue
-            array = changed.get(member.tensor, arrays[member.tensor])
-            index = np.arange(array.shape[member.axis])
-            index[member.indices.ravel()] = member.indices[order].ravel()
-            changed[member.tensor] = np.take(array, index, axis=member.axis)
-    return changed
-
-
-def certify(
-    grouping: Grouping, feeds: Arrays | None = None, seed: int = 0, seconds: float = 60.0, progress: Progress | None = None
-) -> tuple[Grouping, Proof, Bench]:
-    """Prove every group by permutation; groups that fail are frozen in the grouping that is returned.
-
-    seconds: how long the check that each group was exercised may take; what is left then is unchecked, and said so.
-    """
-    say = progress or (lambda text: None)
-    say(f"permuting {len(grouping.groups)} groups")
-    bench = prepare(grouping, feeds, seed)
-    failed: dict[int, str] = {}
-    groups = list(grouping.groups)
-    worst = 0.0
-    for round_seed in (seed + 1, seed + 2):
-        gap, wrong = _search(bench, groups, round_seed, say)
-        failed |= wrong
-        groups = [g for g in groups if g.id not in failed]
-        worst = max(worst, gap)
-    certified = without(grouping, failed) if failed else grouping
-    say(f"checking that {len(groups)} groups are exercised")
-    proven, idle, open_ = _exercised(bench, groups, seed + 1, seconds)
-    names = {m.tensor for g in groups for m in g.members}
-    bench = replace(bench, arrays={k: v for k, v in bench.arrays.items() if k in names})
-    return certified, Proof(bench.rounding, bench.tolerance, worst, proven, idle, open_, failed), bench
-
-
-def _search(bench: Bench, groups: list[Group], seed: int, say: Progress) -> tuple[float, dict[int, str]]:
-    """Bisect for the groups whose permutation moves the outputs; what is left passes together."""
-    failed: dict[int, str] = {}
-    gaps: dict[int, float] = {}
-
-    def search(part: list[Group]) -> None:
-        if not part:
-            return
-        gap = bench.gap(permuted(bench.arrays, part, seed))
-        if gap <= bench.tolerance:
-            gaps.update((g.id, gap) for g in part)
-        elif len(part) == 1:
-            failed[part[0].id] = _blame(bench, gap)
-        else:
-            say(f"looking for wrong groups among {len(part)}")
-            search(part[: len(part) // 2])
-            search(part[len(part) // 2 :])
-
-    search(groups)
-    left = sorted((g for g in groups if g.id not in failed), key=lambda g: gaps[g.id])
-    whole = bench.gap(permuted(bench.arrays, left, seed)) if failed and left else max(gaps.values(), default=0.0)
-    while left and whole > bench.tolerance:  # each alone is within rounding, all together are not
-        keep = len(left) * 3 // 4
-        failed |= {g.id: _blame(bench, whole) for g in left[keep:]}
-        left = left[:keep]
-        whole = bench.gap(permuted(bench.arrays, left, seed)) if left else 0.0
-    return whole, failed
-
-
-def _blame(bench: Bench, gap: float) -> str:
-    if bench.tolerance >= MOST:
-        return f"not provable: rounding alone changes the outputs by {bench.rounding:.2g} standard deviations"
-    return f"the permutation test fails (outputs change by {gap:.2g} standard deviations)"
-
-
-def _exercised(
-    bench: Bench, groups: Sequence[Group], seed: int, seconds: float
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Ids of the groups whose wrong permutation changes the outputs, of those where nothing changes, and of those left open."""
-    proven: list[int] = []
-    idle: list[int] = []
-    unchecked: list[int] = []
-    end = time.monotonic() + seconds
-    noise = max(2 * bench.rounding, 1e-6)
-    for group in groups:
-        if time.monotonic() > end:
-            unchecked.append(group.id)
-            continue
-        changes = any(bench.gap(arrays) > noise for arrays in _wrongly_permuted(bench, group, seed))
-        (proven if changes else idle).append(group.id)
-    return tuple(proven), tuple(idle), tuple(unchecked)
-
-
-def _wrongly_permuted(bench: Bench, group: Group, seed: int) -> list[dict[str, np.ndarray]]:
-    """Permutations of one group with one member left out, the largest weights first; noise where there is but one member."""
-    tensors = bench.model.tensors
-    weights = [m for m in group.members if tensors[m.tensor].data_type in FLOATS]
-    if len(group.members) < 2:
-        member = group.members[0]
-        array = widened(bench.arrays[member.tensor])
-        noise = np.random.default_rng(seed).standard_normal(array.shape) * (array.std() + 1e-3)
-        return [{member.tensor: (array + noise).astype(array.dtype)}] if array.dtype.kind == "f" else []
-    weights.sort(key=lambda m: -int(np.prod(tensors[m.tensor].dims)))
-    return [permuted(bench.arrays, [group], seed, omit=one) for one in weights[:3]]
+from onnxprune.running import Arrays, Runner, distance, first_line, jittered, session
 
 
 def prove_surgery(
@@ -298,7 +59,7 @@ def check_model(bench: Bench, pruned: ModelProto) -> dict[str, np.ndarray]:
             except Exception:  # the original fails it as well
                 continue
             raise OnnxPruneError(f"the pruned model is not well-formed ({first_line(error)}); nothing is written", 4) from error
-    outputs = Runner(pruned, watch=_behind_integers(bench.model)).run(bench.feeds)
+    outputs = Runner(pruned, watch=behind_integers(bench.model)).run(bench.feeds)
     before, after = bench.model.proto.graph, pruned.graph
     old = {v.name: v.type.tensor_type.elem_type for v in (*before.input, *before.output) if v.name not in bench.model.tensors}
     new = {v.name: v.type.tensor_type.elem_type for v in (*after.input, *after.output) if v.name not in bench.model.tensors}
@@ -358,12 +119,12 @@ def _commuting(
     same = {g.id: np.sort(np.argsort(shuffled(g, 5))[remove[g.id]]) for g in losing}
     other = rewrite(grouping, same, moved)
     names = {t.name for t in pruned.graph.initializer if t.name in bench.arrays and t.data_type in FLOATS}
-    runner = Runner(pruned, names, watch=_behind_integers(bench.model))
+    runner = Runner(pruned, names, watch=behind_integers(bench.model))
     small = {t.name: onnx.numpy_helper.to_array(t) for t in pruned.graph.initializer if t.name in names}
     rounding = distance(outputs, runner.run(bench.feeds, jittered(small, np.random.default_rng(3))))
     rounding = max(rounding, bench.rounding) if np.isfinite(rounding) else MOST
     tolerance = min(MOST, max(LEAST, 5 * rounding))
-    return distance(outputs, Runner(other, watch=_behind_integers(bench.model)).run(bench.feeds)), tolerance
+    return distance(outputs, Runner(other, watch=behind_integers(bench.model)).run(bench.feeds)), tolerance
 
 
 def _masked(bench: Bench, grouping: Grouping, remove: Mapping[int, np.ndarray]) -> tuple[Grouping, float | None]:
@@ -373,7 +134,7 @@ def _masked(bench: Bench, grouping: Grouping, remove: Mapping[int, np.ndarray]) 
     worst: float | None = None
 
     def gap(part: list[Group]) -> float:
-        pruned = Runner(rewrite(grouping, {g.id: remove[g.id] for g in part}), watch=_behind_integers(bench.model))
+        pruned = Runner(rewrite(grouping, {g.id: remove[g.id] for g in part}), watch=behind_integers(bench.model))
         try:
             outputs = pruned.run(bench.feeds)
         except OnnxPruneError:

@@ -1,0 +1,84 @@
+"""The options that the commands share, and how what a user writes for them is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from onnxprune.errors import OnnxPruneError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several option decorators as one, in reading order."""
+
+    def decorate(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+MODEL = click.argument("model", metavar="MODEL.onnx")
+FEEDS = options(
+    click.option("--feeds", metavar="FILE.npz", help="Inputs for the proof and the counters: an array for each input."),
+    click.option("--input-shape", "shapes", metavar="NAME=1,3,224,224", multiple=True, help="An input's shape instead (seeded values)."),
+)
+SEED = click.option("--seed", default=0, show_default=True, help="Everything random follows from it.")
+ALLOW_IO = click.option("--allow-io", multiple=True, metavar="GLOB", help="Graph inputs or outputs that may change size.")
+JSON = click.option("--json", "json_path", metavar="FILE", help="Write the result as JSON; - is standard output.")
+QUIET = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors; skip the benchmark.")
+VERIFY = click.option("--verify/--no-verify", default=True, help="Prove the result on the model (on by default).")
+CHOICE = options(
+    click.option("--ratio", "-r", type=float, required=True, help="Share of the budget to remove, between 0 and 1."),
+    click.option("--of", default="macs", show_default=True, metavar="macs|params|channels", help="Which budget."),
+    click.option("--criterion", default="l2", show_default=True, help="Which units go first: l1, l2, lamp, fpgm, bn-scale, random."),
+    click.option("--allocation", default="uniform", show_default=True, help="How the groups share it: uniform or global."),
+    click.option("--scope", multiple=True, metavar="GLOB", help="Prune only layers with such a node or tensor name."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave such layers as they are."),
+    click.option("--layer-ratio", "layer_ratios", multiple=True, metavar="GLOB=RATIO", help="Share of units that go from such layers."),
+    click.option("--min-keep", default=0.1, show_default=True, help="Least that a group keeps: a share, or a number of units."),
+    click.option("--align", default=1, show_default=True, help="Keep multiples of this many units."),
+    ALLOW_IO,
+)
+
+
+def read_feeds(path: str | None) -> dict[str, np.ndarray] | None:
+    if path is None:
+        return None
+    from onnxprune.evaluation import read_arrays
+
+    return read_arrays(path)
+
+
+def read_shapes(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        name, _, sizes = text.rpartition("=")
+        try:
+            found[name] = tuple(int(s) for s in sizes.split(",") if s.strip())
+        except ValueError:
+            name = ""
+        if not name or any(s < 1 for s in found[name]):
+            raise OnnxPruneError(f"--input-shape '{text}': write it as NAME=1,3,224,224")
+    return found
+
+
+def read_ratios(texts: tuple[str, ...]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for text in texts:
+        pattern, _, ratio = text.rpartition("=")
+        try:
+            found[pattern] = float(ratio)
+        except ValueError:
+            pattern = ""
+        if not pattern:
+            raise OnnxPruneError(f"--layer-ratio '{text}': write it as 'GLOB=0.3'")
+    return found
