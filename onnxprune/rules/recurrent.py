@@ -1,0 +1,34 @@
+"""LSTM, GRU and RNN: the rows of their weights are gates × hidden units; both directions share the hidden axis."""
+
+from __future__ import annotations
+
+from onnxprune.relations import Axis, Site, rule
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+
+
+def stacked(site: Site, whole: Axis, hidden: Axis) -> None:
+    """whole = blocks × hidden, where the number of blocks follows from the sizes."""
+    if site.size(whole) == site.size(hidden):
+        site.same(whole, hidden)
+        return
+    several = site.new(site.size(whole) // site.size(hidden))
+    site.fixed([several], "gates")
+    site.product([whole], [several, hidden])
+
+
+@rule(*GATES)
+def recurrent(site: Site) -> None:
+    """X (T, N, I), W (D, gates·H, I), R (D, gates·H, H), B (D, 2·gates·H), P (D, 3·H), h and c (D, N, H) -> Y (T, D, N, H).
+
+    With layout 1 the batch axis comes first.
+    """
+    x, w, r = site.x[0], site.x[1], site.x[2]
+    hidden = r[2]
+    site.same(x[2], w[2])
+    for rows in (w[1], r[1], *(site.x[i][1] for i in (3, 7) if site.has(i))):
+        stacked(site, rows, hidden)
+    states = [site.x[i] for i in (5, 6) if site.has(i)] + [axes for axes in site.y[1:] if axes]
+    for axes in (*states, site.y[0]):
+        site.same_all(axes[-1:], [hidden])
+    site.mend("hidden_size", {0: [hidden]})
