@@ -124,7 +124,7 @@ class _Editor:
             if changed:
                 self._attribute(node, mend.where, mend.amounts, changed)
         elif mend.where < len(node.input) and node.input[mend.where]:
-            self._input(mend.node, mend.where, changed)
+            self._input(mend.node, mend.where, changed, set(mend.amounts))
         elif changed and node.op_type == "Split":
             sizes = [self.widths.size(a) for axes in mend.amounts.values() for a in axes]
             for i, attribute in reversed(list(enumerate(node.attribute))):
@@ -144,7 +144,7 @@ class _Editor:
         sizes = [sum(self.widths.size(a) for a in axes) for axes in amounts.values()]
         node.attribute.append(helper.make_attribute(name, sizes))
 
-    def _input(self, index: int, position: int, changed: dict[int, int]) -> None:
+    def _input(self, index: int, position: int, changed: dict[int, int], said: set[int]) -> None:
         node = self.nodes[index]
         name = node.input[position]
         original = self.model.folded.get(name)
@@ -160,8 +160,8 @@ class _Editor:
         if found is None or found.shape != wanted.shape:
             raise _unable(node)
         dynamic = np.ravel(original.dynamic)
-        for k in range(len(wanted)):  # what is computed from a shape and not mended follows by itself
-            if k not in changed and (dynamic[k] or original.from_shape):
+        for k in range(len(wanted)):  # what is computed from a shape, and no axis says, follows by itself
+            if k not in said and k not in changed and (dynamic[k] or original.from_shape):
                 wanted[k] = found[k]
         wrong = wanted != found
         if not wrong.any():
