@@ -121,11 +121,18 @@ def _roots(dims: Mapping[Axis, Dim]) -> dict[Dim, list[Axis]]:
 
 
 def _keep_axes_whole(dims: Mapping[Axis, Dim], inner: Mapping[str, int]) -> None:
-    """A unit that is all of some axis cannot go: an axis cannot become empty."""
+    """A unit that is all of some axis cannot go, as no axis may become empty; nor one that is both factors of a product."""
     for root, axes in _roots(dims).items():
+        layout = layouts.resolve(root)
+        for segment in layout:
+            seen: set[Dim] = set()
+            for factor in segment if len(segment) > 1 else ():
+                inside = layouts.leaves([[factor]])
+                for leaf in inside & seen:
+                    freeze(leaf, "it is multiplied with itself")
+                seen |= inside
         if all(name in inner for name, _ in axes):
             continue  # a part or factor that only a rule knows, such as padding, may become empty
-        layout = layouts.resolve(root)
         common = set.intersection(*[{find(d) for d in segment} for segment in layout]) if layout else set()
         for dim in common:
             if dim.size == 1:
@@ -144,8 +151,9 @@ def collect(model: Model, dependencies: Dependencies, dims: Mapping[Axis, Dim]) 
         constant = [a for a in axes if a[0] in model.tensors]
         if any(axis in marked for axis in axes):
             statistical |= layouts.leaves(layout)
+        own = all(name in dependencies.sizes for name, _ in axes)  # parts that only a rule knows tell no units apart
         for number, leaf, role in _roles(layout):
-            roles.setdefault(leaf, []).append((root.number, number, *role))
+            roles.setdefault(leaf, []).extend([] if own else [(root.number, number, *role)])
         if constant:
             for leaf, indices in layouts.positions(layout).items():
                 places.setdefault(leaf, []).extend((name, axis, indices) for name, axis in constant)

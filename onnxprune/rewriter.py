@@ -201,8 +201,8 @@ class _Editor:
                 if old is None or not old.from_shape or (index, position) in self.handled:
                     continue
                 new = self.now.get(name)
-                if new is not None and np.array_equal(new.number, old.number):
-                    continue
+                if new is not None and (np.array_equal(new.number, old.number) or new.number.shape != old.number.shape):
+                    continue  # unchanged, or a tensor of a shape that changes (ConstantOfShape)
                 if old.dynamic.any():
                     raise _unable(node)
                 node.input[position] = self._constant(old.number, name)

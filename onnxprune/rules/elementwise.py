@@ -40,7 +40,10 @@ def variadic(site: Site) -> None:
 
 @rule("CastLike")
 def cast_like(site: Site) -> None:
+    """Of the second input only the type matters."""
     site.same_all(site.x[0], site.y[0])
+    for axis in site.x[1]:
+        site.product([axis], [axis])
 
 
 @rule("Dropout")
