@@ -71,7 +71,8 @@ class Mend:
 
     where: an input's position or an attribute's name; amounts: {flat element: axes whose sizes it adds up}.  With `take`,
     the input holds indices into the axis take[0] that make the axes take[1:].  An element in `when` is mended
-    wherever that axis changes (a bound counted from the end), others where their amount changes.
+    wherever that axis changes (a bound counted from the end), others where their amount changes.  With `keep`, the missing
+    attribute gets that value where the axis when[0] changes: a default that would follow the size.
     """
 
     node: int
@@ -79,6 +80,7 @@ class Mend:
     amounts: Mapping[int, tuple[Axis, ...]] = field(default_factory=dict)
     when: Mapping[int, Axis] = field(default_factory=dict)
     take: tuple[Axis, ...] | None = None
+    keep: float | None = None
 
 
 class Site:
@@ -171,6 +173,10 @@ class Site:
 
     def mend(self, where: int | str, amounts: Mapping[int, Sequence[Axis]], when: Mapping[int, Axis] | None = None) -> None:
         self.mends.append(Mend(self.index, where, {k: tuple(v) for k, v in amounts.items()}, when or {}))
+
+    def keep(self, attribute: str, value: float, axis: Axis) -> None:
+        """A default that would follow the axis's size keeps its value."""
+        self.mends.append(Mend(self.index, attribute, when={0: axis}, keep=value))
 
     def mentioned(self) -> set[Axis]:
         found: set[Axis] = set()

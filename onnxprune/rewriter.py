@@ -111,6 +111,10 @@ class _Editor:
         node = self.nodes[mend.node]
         if isinstance(mend.where, int):
             self.handled.add((mend.node, mend.where))
+        if mend.keep is not None:
+            if self.widths.mask(mend.when[0]) is not None:
+                node.attribute.extend([helper.make_attribute(str(mend.where), float(mend.keep))])
+            return
         if mend.take is not None:
             self._take(mend.node, mend.take)
             return

@@ -50,3 +50,9 @@ def cast_like(site: Site) -> None:
 def dropout(site: Site) -> None:
     for output in site.y:
         site.same_all(site.x[0], output)
+
+
+@rule(*(f"com.microsoft:{op}" for op in ("BiasGelu", "FastGelu", "Gelu", "QuickGelu")))
+def fused_activation(site: Site) -> None:
+    """x, perhaps plus a bias along the last axis, through an activation."""
+    broadcast(site, site.x, site.y[0])

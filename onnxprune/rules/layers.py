@@ -23,7 +23,7 @@ def convolve(site: Site, image: Sequence[Axis], result: Sequence[Axis]) -> None:
     site.fixed([*image[2:], *result[2:]], "spatial axis")
 
 
-@rule("Conv")
+@rule("Conv", "com.microsoft:FusedConv")
 def conv(site: Site) -> None:
     """x (N, groups·i, …), w (groups·o, i, kernel…), b (groups·o) -> y (N, groups·o, …)."""
     x, w, y = site.x[0], site.x[1], site.y[0]
@@ -34,6 +34,8 @@ def conv(site: Site) -> None:
     site.same(w[0], y[1])
     if site.has(2):
         site.same(site.x[2][0], y[1])
+    if site.has(3):  # FusedConv adds a value of the output's shape
+        site.same_all(site.x[3], y)
     convolve(site, x, y)
     site.fixed(w[2:], "kernel axis")
     if site.size(groups) > 1:
@@ -57,7 +59,7 @@ def conv_transpose(site: Site) -> None:
         site.mend("group", {0: [groups]})
 
 
-@rule("Gemm")
+@rule("Gemm", "com.microsoft:FusedGemm")
 def gemm(site: Site) -> None:
     """A (M, K) or its transpose, B (K, N) or its transpose, C broadcast to (M, N)."""
     a = site.x[0][::-1] if site.get("transA", 0) else site.x[0]
@@ -69,10 +71,16 @@ def gemm(site: Site) -> None:
         site.same_all(site.x[2][::-1], site.y[0][::-1])
 
 
-@rule("MatMul")
+@rule("MatMul", "com.microsoft:FusedMatMul")
 def matmul(site: Site) -> None:
     """numpy.matmul: (…, M, K) by (…, K, N), leading axes broadcast; an operand of rank 1 is a row or a column."""
-    a, b, y = site.x[0], site.x[1], list(site.y[0])
+    a, b, y = list(site.x[0]), list(site.x[1]), list(site.y[0])
+    for axes, flag in ((a, "transA"), (b, "transB")):  # FusedMatMul
+        if site.get(flag) and len(axes) > 1:
+            axes[-2:] = axes[:-3:-1]
+    if site.get("transBatchA") or site.get("transBatchB"):
+        site.fixed([*a, *b, *y], "transposed batch axes")
+        return
     site.same(a[-1], b[-2] if len(b) > 1 else b[-1])
     if len(b) > 1:
         site.same(b[-1], y.pop())

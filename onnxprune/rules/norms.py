@@ -71,3 +71,31 @@ def local_response(site: Site) -> None:
     """A sum over neighbouring channels: their order matters."""
     site.same_all(site.x[0], site.y[0])
     site.fixed([site.x[0][1]], "LRN sums over neighbouring channels")
+
+
+@rule("com.microsoft:SkipLayerNormalization", "com.microsoft:SkipSimplifiedLayerNormalization")
+def skip_layer_normalization(site: Site) -> None:
+    """input + skip (+ bias), normalized over the last axis; the sum is another output."""
+    x = site.x[0]
+    site.statistics(x[-1:])
+    site.same_all(x[::-1], site.x[1][::-1])
+    for parameter in site.x[2:]:
+        site.same_all(parameter, x[-1:])
+    site.same_all(x, site.y[0])
+    for axes in site.y[1:]:
+        site.same_all(axes, x)
+
+
+@rule("com.microsoft:EmbedLayerNormalization")
+def embed_layer_normalization(site: Site) -> None:
+    """Word, position and segment embeddings (rows, H) added and normalized over H."""
+    hidden = site.y[0][-1]
+    site.statistics([hidden])
+    for position in (2, 3, 4):
+        if site.has(position):
+            site.same(site.x[position][1], hidden)
+            site.fixed(site.x[position][:1], "indexed by EmbedLayerNormalization")
+    for parameter in site.x[5:7]:
+        site.same_all(parameter, [hidden])
+    for axes in site.y[2:]:
+        site.same_all(axes, site.y[0])
