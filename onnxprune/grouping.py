@@ -151,9 +151,9 @@ def collect(model: Model, dependencies: Dependencies, dims: Mapping[Axis, Dim]) 
         constant = [a for a in axes if a[0] in model.tensors]
         if any(axis in marked for axis in axes):
             statistical |= layouts.leaves(layout)
-        own = all(name in dependencies.sizes for name, _ in axes)  # parts that only a rule knows tell no units apart
-        for number, leaf, role in _roles(layout):
-            roles.setdefault(leaf, []).extend([] if own else [(root.number, number, *role)])
+        inner = all(name in dependencies.sizes for name, _ in axes)
+        for leaf, role in () if inner else _roles(layout):
+            roles.setdefault(leaf, []).append((root.number, *role))
         if constant:
             for leaf, indices in layouts.positions(layout).items():
                 places.setdefault(leaf, []).extend((name, axis, indices) for name, axis in constant)
@@ -164,7 +164,10 @@ def collect(model: Model, dependencies: Dependencies, dims: Mapping[Axis, Dim]) 
         if leaf not in places:
             freeze(leaf, "no tensor of the file carries it")
             continue
-        families.setdefault((leaf in statistical, *sorted(roles[leaf])), []).append(leaf)
+        # two runs of units are alike where each has one place, of its own, on the same axes
+        single = len({role[0] for role in roles[leaf]}) == len(roles[leaf]) and not any(role[1] for role in roles[leaf])
+        alike = sorted(roles[leaf]) if single else [(leaf.number,)]
+        families.setdefault((leaf in statistical, single, *alike), []).append(leaf)
     groups = []
     order = {name: i for i, name in enumerate(model.tensors)}
     for family in families.values():
@@ -183,18 +186,16 @@ def collect(model: Model, dependencies: Dependencies, dims: Mapping[Axis, Dim]) 
     return Grouping(model, dependencies, numbered, _fixed(model, dims), dims)
 
 
-def _roles(layout: Layout) -> list[tuple[int, Dim, tuple[int, ...]]]:
-    """For each leaf in a layout: how often a segment repeats its kind, and the factors around it."""
-    found = []
+def _roles(layout: Layout) -> list[tuple[Dim, tuple[int, ...]]]:
+    """For each leaf in a layout: the number of factors beside it, and those factors."""
+    found: list[tuple[Dim, tuple[int, ...]]] = []
     for segment in layout:
         numbers = [find(d).number for d in segment]
         for i, dim in enumerate(segment):
             dim = find(dim)
-            around = (i, *numbers[:i], -1, *numbers[i + 1 :])
-            if dim.layout is None:
-                found.append((dim.size if len(segment) > 1 else 0, dim, around))
-            else:
-                found += [(n, leaf, (*around, *role)) for n, leaf, role in _roles(dim.layout)]
+            around = (*numbers[:i], -1, *numbers[i + 1 :])
+            inside = [(dim, (0,))] if dim.layout is None else _roles(dim.layout)
+            found += [(leaf, (len(segment) - 1 + role[0], *around, *role[1:])) for leaf, role in inside]
     return found
 
 

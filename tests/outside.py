@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.parser
-import onnxruntime as ort  # type: ignore[import-untyped]
+import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 Arrays = Mapping[str, np.ndarray]
@@ -52,15 +52,15 @@ def as_constants(model: ModelProto) -> ModelProto:
 
 
 def duplicate(model: ModelProto) -> ModelProto:
-    return ModelProto.FromString(model.SerializeToString())
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    return copy
 
 
 def tensors(model: ModelProto) -> dict[str, TensorProto]:
     """Initializers by name, Constant nodes by the name of their output."""
-    found = {t.name: t for t in model.graph.initializer}
-    for node in model.graph.node:
-        found |= {node.output[0]: a.t for a in node.attribute if node.op_type == "Constant" and a.name == "value"}
-    return found
+    made = {n.output[0]: a for n in model.graph.node if n.op_type == "Constant" for a in n.attribute}
+    return {t.name: t for t in model.graph.initializer} | {name: a.t for name, a in made.items() if a.name == "value"}
 
 
 # running

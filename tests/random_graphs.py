@@ -241,7 +241,9 @@ def excite(net: Net, v: Value) -> Value:
 def pool(net: Net, v: Value) -> Value:
     if v.side < 4 or v.side % 2:
         return v
-    return replace(v, name=net.node(net.pick(("MaxPool", "AveragePool")), v.name, attributes="kernel_shape=[2,2], strides=[2,2]"), side=v.side // 2)
+    return replace(
+        v, name=net.node(net.pick(("MaxPool", "AveragePool")), v.name, attributes="kernel_shape=[2,2], strides=[2,2]"), side=v.side // 2
+    )
 
 
 def depth_to_space(net: Net, v: Value) -> Value:
@@ -255,7 +257,9 @@ def resize(net: Net, v: Value) -> Value:
     if v.side > LARGEST // 2:
         return v
     scales = net.constant(np.array([1, 1, 2, 2], np.float32))
-    return replace(v, name=net.node("Resize", v.name, net.constant(np.zeros(0, np.float32)), scales, attributes='mode="nearest"'), side=2 * v.side)
+    return replace(
+        v, name=net.node("Resize", v.name, net.constant(np.zeros(0, np.float32)), scales, attributes='mode="nearest"'), side=2 * v.side
+    )
 
 
 def pad(net: Net, v: Value) -> Value:
@@ -373,8 +377,8 @@ def models(draw: Draw) -> ModelProto:
     first, steps, head = (conv, IMAGE_STEPS, image_head) if images else (linear, ROW_STEPS, row_head)
     value = first(net, Value("x", 3, side))
     net.values.append(value)
-    for step in draw(st.lists(st.sampled_from(steps), min_size=2, max_size=12)):
-        value = step(net, value)
+    for _ in range(draw(st.integers(2, 12))):
+        value = net.pick(steps)(net, value)
         net.values.append(value)
     result = head(net, value)
     shape = f"3,{side},{side}" if images else f"{side},3"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import onnx
-import onnxprune
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from onnx import ModelProto
+from outside import distance, feeds_of, following, macs, permuted, run, shrunk
+from random_graphs import models
+
+import onnxprune
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import group
 from onnxprune.importer import load
-from outside import distance, feeds_of, following, macs, permuted, run, shrunk
-from random_graphs import models
 
 TOLERANCE = 1e-3  # standard deviations of the output
 
@@ -28,8 +29,9 @@ def test_random_network(model: ModelProto, ratio: float, seed: int) -> None:
     try:
         result = onnxprune.prune(model, ratio, seed=seed)
     except OnnxPruneError as error:
-        assert error.exit_code == 3, error
-        return
+        if error.exit_code == 3:  # nothing can be pruned
+            return
+        raise
     assert result.proof is not None
     assert not result.proof.frozen
     plan = result.plan.to_json()
@@ -39,7 +41,9 @@ def test_random_network(model: ModelProto, ratio: float, seed: int) -> None:
     assert result.model.graph.output == model.graph.output
     left = run(result.model, feeds)
     assert left["y"].shape == reference["y"].shape
-    assert result.macs[0] == macs(model, feeds)
+    counted = macs(model, feeds), macs(result.model, feeds)
+    assert result.macs[0] == counted[0]
+    assert abs(result.macs[1] - counted[1]) <= 0.02 * counted[0]
     other = onnxprune.apply(permuted(model, plan), following(plan)).model
     gap = distance(left, run(other, feeds))
     assert gap <= TOLERANCE, f"does not commute: {gap}"
