@@ -247,6 +247,9 @@ def _certified(
 def _some(grouping: Grouping) -> None:
     if not grouping.groups:
         reasons = list(dict.fromkeys(reason for _, _, reason in grouping.fixed))[:3]
+        functions = [f.name for f in grouping.model.proto.functions]
+        if functions and not reasons:
+            reasons = [f"its weights are inside local functions such as '{functions[0]}' that onnx.inliner cannot inline"]
         why = "; ".join(reasons) or "it has no weights"
         raise OnnxPruneError(f"{grouping.model.name}: nothing can be pruned ({why}); see `onnxprune groups`", 3)
 

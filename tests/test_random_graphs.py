@@ -17,7 +17,7 @@ from onnxprune.importer import load
 TOLERANCE = 1e-3  # standard deviations of the output
 
 
-@settings(max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=600, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(models(), st.sampled_from((0.2, 0.33, 0.5)), st.integers(0, 99))
 def test_random_network(model: ModelProto, ratio: float, seed: int) -> None:
     note("\n".join(onnx.printer.to_text(node) for node in model.graph.node))
