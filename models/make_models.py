@@ -338,9 +338,7 @@ def load() -> Digits:
     bunch = load_digits()
     images = (bunch.images[:, None] / 16.0).astype(np.float32)
     labels = bunch.target.astype(np.int64)
-    train, test, train_labels, test_labels = train_test_split(
-        images, labels, test_size=TEST_SAMPLES, stratify=labels, random_state=SEED
-    )
+    train, test, train_labels, test_labels = train_test_split(images, labels, test_size=TEST_SAMPLES, stratify=labels, random_state=SEED)
     calibration, _ = train_test_split(
         train,
         train_size=CALIBRATION_SAMPLES,
@@ -465,9 +463,7 @@ def measure(recipe: Recipe, digits: Digits, path: Path) -> Row:
         (part,) = session.run(["logits"], {"input": inputs[:size]})
         np.testing.assert_allclose(part, logits[:size], rtol=1e-3, atol=1e-4)
     proto = onnx.load(path)
-    parameters = sum(
-        int(np.prod(tensor.dims)) for tensor in proto.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT
-    )
+    parameters = sum(int(np.prod(tensor.dims)) for tensor in proto.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT)
     return Row(
         name=recipe.name,
         accuracy=float((logits.argmax(axis=1) == digits.test_labels).mean()),
