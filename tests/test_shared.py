@@ -50,8 +50,9 @@ def test_exported_graphs(name: str) -> None:
     try:
         result = onnxprune.prune(model, 0.4, feeds=feeds)
     except onnxprune.OnnxPruneError as error:
-        assert error.exit_code in (3, 4), error
-        return
+        if error.exit_code in (3, 4):
+            return
+        raise
     assert result.proof is not None
     content = result.plan.to_json()
     assert covered(content)
