@@ -38,6 +38,9 @@ def infer(
     if unknown:
         known = ", ".join(v.name for v in inputs)
         raise OnnxPruneError(f"{name}: no input is named '{unknown[0]}'; its inputs are: {known}")
+    for value in inputs:
+        if value.name not in given and value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape"):
+            raise OnnxPruneError(f"{name}: input '{value.name}' has no shape in the file; give it with --feeds or --input-shape")
     symbolic = any(not _static(v) for v in inputs)
     free = symbolic and any(v.name not in given for v in inputs)
     problem = ""
@@ -156,6 +159,8 @@ def seeded_feeds(proto: ModelProto, shapes: Mapping[str, Shape], seed: int = 0) 
     for value in proto.graph.input:
         if value.name not in shapes:
             continue
+        if not value.type.HasField("tensor_type"):
+            raise OnnxPruneError(f"input '{value.name}' is not a tensor, so the model cannot be run for its proof; use --no-verify", 4)
         dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         shape = shapes[value.name]
         if value.type.tensor_type.elem_type in (1, 10, 11, 16):
@@ -182,9 +187,9 @@ def _seen(proto: ModelProto, wanted: set[str], shapes: Mapping[str, Shape], feed
     options.log_severity_level = 4
     try:
         session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception:
+        given = {**seeded_feeds(proto, shapes), **(feeds or {})}
+    except Exception:  # not a model for this onnxruntime, or inputs that are no tensors
         return {}
-    given = {**seeded_feeds(proto, shapes), **(feeds or {})}
     try:
         values = session.run(names, {k: v for k, v in given.items() if k in shapes})
     except Exception as error:

@@ -308,6 +308,26 @@ def test_other_float_types_are_proven_as_float32_and_written_as_they_are(kind: i
     assert result.proof.masked < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("inputs", "code", "words"),
+    [("float[N,4] x, seq(float[N,2]) q", 4, "input 'q' is not a tensor"), ("float x", 2, "input 'x' has no shape")],
+)
+def test_inputs_that_cannot_be_made_up(inputs: str, code: int, words: str) -> None:
+    model = two_layers()
+    other = onnx.parser.parse_graph(f"g ({inputs}) => (float[N, 3] y) {{ y = Relu(x) }}")
+    del model.graph.input[:]
+    model.graph.input.extend(other.input)
+    if code == 2:
+        model.graph.input[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(onnxprune.OnnxPruneError, match=words) as caught:
+        onnxprune.prune(model, 0.5, of="channels")
+    assert caught.value.exit_code == code
+    if code == 4:
+        assert onnxprune.prune(model, 0.5, of="channels", verify=False).on_budget
+    else:
+        assert onnxprune.prune(model, 0.5, of="channels", input_shapes={"x": (2, 4)}).on_budget
+
+
 # --- the proof ------------------------------------------------------------------------------------------------------
 
 
