@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 
 import numpy as np
 
@@ -21,34 +20,11 @@ from onnxprune.cost import counter
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Grouping
 from onnxprune.layouts import find
+from onnxprune.registry import Registry
 
 Scores = Mapping[int, np.ndarray]
 Allocation = Callable[[Scores, float], dict[int, float]]
-_ALLOCATIONS: dict[str, Allocation] = {}
-
-
-def allocation(name: str) -> Callable[[Allocation], Allocation]:
-    """Register an allocation under a name that `--allocation` takes."""
-
-    def register(function: Allocation) -> Allocation:
-        _ALLOCATIONS[name] = function
-        return function
-
-    return register
-
-
-def names() -> list[str]:
-    return sorted({*_ALLOCATIONS, *(e.name for e in entry_points(group="onnxprune.allocations"))})
-
-
-def get(name: str) -> Allocation:
-    if name not in _ALLOCATIONS:
-        for entry in entry_points(group="onnxprune.allocations"):
-            if entry.name == name:
-                _ALLOCATIONS[name] = entry.load()
-    if name not in _ALLOCATIONS:
-        raise OnnxPruneError(f"no allocation is named '{name}'; there are: {', '.join(names())}")
-    return _ALLOCATIONS[name]
+allocation: Registry[Allocation] = Registry("allocation", "onnxprune.allocations")
 
 
 @allocation("uniform")
@@ -122,7 +98,7 @@ def choose(
     cost = counter(grouping, of)
     whole = cost({})
     second = secondary(grouping)
-    share_of = get(rule)
+    share_of = allocation.get(rule)
 
     def kept_at(strength: float, only: set[int]) -> dict[int, int]:
         free = {g: s for g, s in scores.items() if g in only and g not in shares}

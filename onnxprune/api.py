@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from onnxprune import criteria
 from onnxprune.allocations import Limits, check_budget, check_ratio, choose
-from onnxprune.allocations import get as allocation_named
+from onnxprune.allocations import allocation as allocations
 from onnxprune.certificate import Bench, Proof, certify
 from onnxprune.cost import counter
+from onnxprune.criteria import criterion as criteria
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Grouping, group
 from onnxprune.importer import Model, load
@@ -109,7 +109,7 @@ def prune(
     """
     check_ratio(ratio)
     check_budget(of)
-    score, _ = criteria.get(criterion), allocation_named(allocation)
+    score, _ = criteria.get(criterion), allocations.get(allocation)
     if min_keep < 0 or align < 1:
         raise OnnxPruneError(f"min-keep {min_keep} and align {align}: the first is 0 or more, the second 1 or more")
     loaded = _load(model, feeds, input_shapes, progress)

@@ -301,9 +301,20 @@ def plan(
     FEEDS,
     SEED,
     click.option("--verify/--no-verify", default=False, help="Prove the result on this model (off by default)."),
+    JSON,
     QUIET,
 )
-def apply(model: str, plan: str, output: str, feeds: str | None, shapes: tuple[str, ...], seed: int, verify: bool, quiet: bool) -> int:
+def apply(
+    model: str,
+    plan: str,
+    output: str,
+    feeds: str | None,
+    shapes: tuple[str, ...],
+    seed: int,
+    verify: bool,
+    json_path: str | None,
+    quiet: bool,
+) -> int:
     """Carry out a plan on the model it was made for, or on a fine-tuned sister.
 
     \b
@@ -316,7 +327,8 @@ def apply(model: str, plan: str, output: str, feeds: str | None, shapes: tuple[s
     with _progress(quiet) as say:
         result = api.apply(model, plan, feeds=read_feeds(feeds), input_shapes=read_shapes(shapes), verify=verify, seed=seed, progress=say)
         write_model(result.model, target)
-    if not quiet:
+    _write_json({"model": model, "output": str(target), **result.to_json()}, json_path)
+    if not quiet and json_path != "-":
         from onnxprune import report
 
         report.show_result(_console(), result, None, "")

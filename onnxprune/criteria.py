@@ -10,41 +10,15 @@ A criterion is a function (model, group, rng) -> array (units,), registered unde
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import entry_points
 
 import numpy as np
 
-from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Group, Member
 from onnxprune.importer import FLOATS, Model
+from onnxprune.registry import Registry
 
 Criterion = Callable[[Model, Group, np.random.Generator], np.ndarray]
-_CRITERIA: dict[str, Criterion] = {}
-
-
-def criterion(name: str) -> Callable[[Criterion], Criterion]:
-    """Register a criterion under a name that `--criterion` takes."""
-
-    def register(function: Criterion) -> Criterion:
-        _CRITERIA[name] = function
-        return function
-
-    return register
-
-
-def names() -> list[str]:
-    return sorted({*_CRITERIA, *(e.name for e in entry_points(group="onnxprune.criteria"))})
-
-
-def get(name: str) -> Criterion:
-    """The criterion of that name, registered here or by an entry point of group `onnxprune.criteria`."""
-    if name not in _CRITERIA:
-        for entry in entry_points(group="onnxprune.criteria"):
-            if entry.name == name:
-                _CRITERIA[name] = entry.load()
-    if name not in _CRITERIA:
-        raise OnnxPruneError(f"no criterion is named '{name}'; there are: {', '.join(names())}")
-    return _CRITERIA[name]
+criterion: Registry[Criterion] = Registry("criterion", "onnxprune.criteria")
 
 
 def weights(model: Model, group: Group) -> list[Member]:

@@ -70,7 +70,7 @@ def test_uniform_takes_the_same_share_and_global_the_lowest_scores() -> None:
     spread = onnxprune.prune(RESNET, 0.5, of="channels", allocation="global", verify=False).plan
     kept, gone = [], []
     for g in spread.groups:
-        scores = criteria.get("l2")(spread.grouping.model, g, np.random.default_rng(0))
+        scores = criteria.criterion.get("l2")(spread.grouping.model, g, np.random.default_rng(0))
         lost = spread.remove.get(g.id, np.zeros(0, int))
         gone += scores[lost].tolist()
         if len(lost) < 0.89 * g.units:  # not stopped by the floor
@@ -115,7 +115,7 @@ def test_the_same_seed_gives_the_same_file_and_another_seed_another() -> None:
 def units_of(model: ModelProto, name: str) -> np.ndarray:
     grouping = group(load(model))
     assert len(grouping.groups) == 1
-    return criteria.get(name)(grouping.model, grouping.groups[0], np.random.default_rng(0))
+    return criteria.criterion.get(name)(grouping.model, grouping.groups[0], np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("name", ["l1", "l2", "fpgm", "lamp", "random", "bn-scale"])
@@ -176,8 +176,8 @@ def test_bn_scale_follows_gamma() -> None:
 
 
 def test_a_criterion_and_an_allocation_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(criteria, "_CRITERIA", dict(criteria._CRITERIA))
-    monkeypatch.setattr(allocations, "_ALLOCATIONS", dict(allocations._ALLOCATIONS))
+    for registry in (criteria.criterion, allocations.allocation):
+        monkeypatch.setattr(registry, "known", dict(registry.known))
 
     @onnxprune.criterion("last-first")
     def last_first(model: object, group: criteria.Group, rng: np.random.Generator) -> np.ndarray:
