@@ -29,13 +29,15 @@ def mac_terms(model: Model) -> list[Term]:
             continue
         site = Site(index, node, 1, model.shapes, {})
         x, w, y = site.x[0], site.x[1] if len(site.x) > 1 else [], site.y[0]
-        if op == "Conv":
+        if op in ("QGemm", "QLinearConv", "QLinearMatMul"):
+            w = site.x[3]
+        if op in ("Conv", "ConvInteger", "QLinearConv"):
             terms.append((1, (*y, *w[1:])))
         elif op == "ConvTranspose":
             terms.append((1, (*x, *w[1:])))
-        elif op == "Gemm":
+        elif op in ("Gemm", "QGemm"):
             terms.append((1, (*y, x[0 if attributes(node).get("transA", 0) else 1])))
-        elif op == "MatMul":
+        elif op in ("MatMul", "MatMulInteger", "QLinearMatMul"):
             terms.append((1, (*y, x[-1])))
         elif op == "Einsum":
             letters: dict[str, Axis] = {}
@@ -50,7 +52,10 @@ def mac_terms(model: Model) -> list[Term]:
     return terms
 
 
-COUNTED = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"}
+COUNTED = {
+    *("Conv", "ConvInteger", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "MatMulInteger"),
+    *("QLinearConv", "QGemm", "QLinearMatMul", "RNN"),
+}
 
 
 def parameter_terms(model: Model) -> list[Term]:

@@ -22,10 +22,10 @@ criterion: Registry[Criterion] = Registry("criterion", "onnxprune.criteria")
 
 
 def weights(model: Model, group: Group) -> list[Member]:
-    """The members that are layers' weights (two axes or more above size 1 or a depthwise kernel); all where there are none."""
+    """The members that are layers' weights (more than one axis), floats or, where there are none, integers; else all floats."""
     floats = [m for m in group.members if model.tensors[m.tensor].data_type in FLOATS]
-    layers = [m for m in floats if len(model.tensors[m.tensor].dims) > 1 and max(model.tensors[m.tensor].dims) > 1]
-    return layers or floats
+    layers = [m for m in group.members if len(model.tensors[m.tensor].dims) > 1 and max(model.tensors[m.tensor].dims) > 1]
+    return [m for m in layers if model.tensors[m.tensor].data_type in FLOATS] or layers or floats
 
 
 def rows(model: Model, member: Member) -> np.ndarray:

@@ -23,23 +23,24 @@ def convolve(site: Site, image: Sequence[Axis], result: Sequence[Axis]) -> None:
     site.fixed([*image[2:], *result[2:]], "spatial axis")
 
 
-@rule("Conv", "com.microsoft:FusedConv")
-def conv(site: Site) -> None:
-    """x (N, groups·i, …), w (groups·o, i, kernel…), b (groups·o) -> y (N, groups·o, …)."""
-    x, w, y = site.x[0], site.x[1], site.y[0]
+def convolution(site: Site, x: Sequence[Axis], w: Sequence[Axis], y: Sequence[Axis], bias: Sequence[Axis]) -> None:
+    """x (N, groups·i, …), w (groups·o, i, kernel…), bias (groups·o) -> y (N, groups·o, …)."""
     groups = site.new(site.get("group", 1))
     outputs = site.new(site.size(w[0]) // site.size(groups))
     grouped(site, x[1], groups, w[1])
     grouped(site, w[0], groups, outputs)
-    site.same(w[0], y[1])
-    if site.has(2):
-        site.same(site.x[2][0], y[1])
-    if site.has(3):  # FusedConv adds a value of the output's shape
-        site.same_all(site.x[3], y)
+    site.same_all([w[0], *bias], [y[1], y[1]])
     convolve(site, x, y)
     site.fixed(w[2:], "kernel axis")
     if site.size(groups) > 1:
         site.mend("group", {0: [groups]})
+
+
+@rule("Conv", "com.microsoft:FusedConv")
+def conv(site: Site) -> None:
+    convolution(site, site.x[0], site.x[1], site.y[0], site.x[2] if site.has(2) else [])
+    if site.has(3):  # FusedConv adds a value of the output's shape
+        site.same_all(site.x[3], site.y[0])
 
 
 @rule("ConvTranspose")
@@ -59,28 +60,24 @@ def conv_transpose(site: Site) -> None:
         site.mend("group", {0: [groups]})
 
 
+def gemm_product(site: Site, a: Sequence[Axis], b: Sequence[Axis], c: Sequence[Axis], y: Sequence[Axis]) -> None:
+    """A (M, K) or its transpose, B (K, N) or its transpose, C broadcast to (M, N)."""
+    a = a[::-1] if site.get("transA", 0) else a
+    b = b[::-1] if site.get("transB", 0) else b
+    site.same(a[1], b[0])
+    site.same(a[0], y[0])
+    site.same(b[1], y[1])
+    site.same_all(c[::-1], y[::-1])
+
+
 @rule("Gemm", "com.microsoft:FusedGemm")
 def gemm(site: Site) -> None:
-    """A (M, K) or its transpose, B (K, N) or its transpose, C broadcast to (M, N)."""
-    a = site.x[0][::-1] if site.get("transA", 0) else site.x[0]
-    b = site.x[1][::-1] if site.get("transB", 0) else site.x[1]
-    site.same(a[1], b[0])
-    site.same(a[0], site.y[0][0])
-    site.same(b[1], site.y[0][1])
-    if site.has(2):
-        site.same_all(site.x[2][::-1], site.y[0][::-1])
+    gemm_product(site, site.x[0], site.x[1], site.x[2] if site.has(2) else [], site.y[0])
 
 
-@rule("MatMul", "com.microsoft:FusedMatMul")
-def matmul(site: Site) -> None:
+def matrix_product(site: Site, a: Sequence[Axis], b: Sequence[Axis], result: Sequence[Axis]) -> None:
     """numpy.matmul: (…, M, K) by (…, K, N), leading axes broadcast; an operand of rank 1 is a row or a column."""
-    a, b, y = list(site.x[0]), list(site.x[1]), list(site.y[0])
-    for axes, flag in ((a, "transA"), (b, "transB")):  # FusedMatMul
-        if site.get(flag) and len(axes) > 1:
-            axes[-2:] = axes[:-3:-1]
-    if site.get("transBatchA") or site.get("transBatchB"):
-        site.fixed([*a, *b, *y], "transposed batch axes")
-        return
+    y = list(result)
     site.same(a[-1], b[-2] if len(b) > 1 else b[-1])
     if len(b) > 1:
         site.same(b[-1], y.pop())
@@ -88,6 +85,19 @@ def matmul(site: Site) -> None:
         site.same(a[-2], y.pop())
     site.same_all(a[:-2][::-1], y[::-1])
     site.same_all(b[:-2][::-1], y[::-1])
+
+
+@rule("MatMul", "com.microsoft:FusedMatMul")
+def matmul(site: Site) -> None:
+    """FusedMatMul transposes what it is told to."""
+    a, b = list(site.x[0]), list(site.x[1])
+    for axes, flag in ((a, "transA"), (b, "transB")):  # FusedMatMul
+        if site.get(flag) and len(axes) > 1:
+            axes[-2:] = axes[:-3:-1]
+    if site.get("transBatchA") or site.get("transBatchB"):
+        site.fixed([*a, *b, *site.y[0]], "transposed batch axes")
+        return
+    matrix_product(site, a, b, site.y[0])
 
 
 @rule("Einsum")

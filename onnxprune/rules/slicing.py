@@ -116,6 +116,37 @@ def gather(site: Site) -> None:
     site.mends.append(Mend(site.index, 1, take=(x[axis], y[axis])))
 
 
+@rule("GatherND")
+def gather_nd(site: Site) -> None:
+    """y = places of the indices (…, k) × the axes of x after the k indexed ones; batch axes come first."""
+    x, indices, y, batch = site.x[0], site.x[1], site.y[0], site.get("batch_dims", 0)
+    k = site.size(indices[-1])
+    site.same_all(x[:batch], y[:batch])
+    site.same_all(indices[:-1], y)
+    site.fixed([indices[-1], *x[batch : batch + k]], "indexed by GatherND")
+    site.same_all(x[batch + k :], y[len(indices) - 1 :])
+
+
+@rule("ScatterND")
+def scatter_nd(site: Site) -> None:
+    """y = x with updates (places × the axes after the k indexed ones) at the indices (places, k)."""
+    x, indices, updates, y = site.x[0], site.x[1], site.x[2], site.y[0]
+    k = site.size(indices[-1])
+    site.same_all(x, y)
+    site.same_all(x[k:], updates[len(indices) - 1 :])
+    number = site.number(1)
+    if number is not None and k == 1 and len(indices) == 2 and number.size:
+        start, many = int(number.ravel()[0]), number.size
+        whole = number.min() >= 0 and np.array_equal(number.ravel(), np.arange(start, start + many))
+        if whole and site.get("reduction", "none") == "none":  # a run of an axis is replaced
+            before, after = site.new(start), site.new(site.size(x[0]) - start - many)
+            site.concat(x[0], [before, updates[0], after])
+            site.fixed(indices, "indices of ScatterND")
+            site.mends.append(Mend(site.index, 1, take=(x[0], updates[0])))
+            return
+    site.fixed([*x[:k], *indices, *updates[: len(indices) - 1]], "indexed by ScatterND")
+
+
 @rule("Pad")
 def pad(site: Site) -> None:
     """The padding on either side is a part of its own."""
