@@ -128,6 +128,11 @@ class Site:
         found = self.folded.get(self.node.input[position]) if self.has(position) else None
         return None if found is None else found.number
 
+    def changing(self, position: int) -> np.ndarray:
+        """Which elements of an input are other numbers for other input sizes, flat; empty where it is no number at all."""
+        found = self.folded.get(self.node.input[position]) if self.has(position) else None
+        return np.zeros(0, bool) if found is None else np.ravel(found.dynamic)
+
     def numbers(self, attribute: str, position: int) -> list[int] | None:
         """Integers given as an attribute in old opsets and as an input in newer ones."""
         if attribute in self.attributes:

@@ -153,8 +153,11 @@ def tile(site: Site) -> None:
         site.fixed([*x, *y], "Tile with repeats that depend on data")
         return
     mends = {}
+    changing = site.changing(1)
     for i, (a, b) in enumerate(zip(x, y, strict=True)):
-        if site.size(a) == site.size(b):
+        if changing[i]:
+            site.fixed([a, b], "repeats given at run time")
+        elif site.size(a) == site.size(b):
             site.same_all([a], [b])
         elif site.size(a) == 1:
             site.product([b], [b])

@@ -32,8 +32,8 @@ def split(site: Site) -> None:
     for y in site.y:
         if y:
             others(site, x, y, {axis})
-    if not all(site.y):
-        site.fixed([x[axis]], "Split with an unused output")
+    if not all(site.y) or site.changing(1).any():
+        site.fixed([x[axis]], "Split into unused parts, or of sizes given at run time")
         return
     parts = [y[axis] for y in site.y]
     site.concat(x[axis], parts)
@@ -55,7 +55,11 @@ def slice_(site: Site) -> None:
     first: dict[int, list[Axis]] = {}
     last: dict[int, list[Axis]] = {}
     when = {k: x[axis] for k, axis in enumerate(axes)}
+    changing = [site.changing(position) for position in range(1, 5)]
     for k, (axis, step) in enumerate(zip(axes, steps, strict=True)):
+        if any(k < len(flags) and flags[k] for flags in changing):
+            site.fixed([x[axis], y[axis]], "Slice with bounds given at run time")
+            continue
         size, out = site.size(x[axis]), site.size(y[axis])
         begin = range(size)[slice(starts[k], ends[k], step)]
         if len(begin) != out or not out:
@@ -86,7 +90,7 @@ def gather(site: Site) -> None:
     site.same_all(x[:axis], y[:axis])
     site.same_all(x[axis + 1 :], y[after:])
     site.same_all(indices, y[axis:after])
-    number = site.number(1)
+    number = site.number(1) if not site.changing(1).any() else None
     if number is not None and len(indices) > 1 and np.array_equal(np.ravel(number), np.arange(site.size(x[axis]))):
         site.relations = [r for r in site.relations if not (hasattr(r, "a") and r.a in indices)]
         site.fixed(indices, "indices of Gather")
@@ -134,7 +138,7 @@ def scatter_nd(site: Site) -> None:
     k = site.size(indices[-1])
     site.same_all(x, y)
     site.same_all(x[k:], updates[len(indices) - 1 :])
-    number = site.number(1)
+    number = site.number(1) if not site.changing(1).any() else None
     if number is not None and k == 1 and len(indices) == 2 and number.size:
         start, many = int(number.ravel()[0]), number.size
         whole = number.min() >= 0 and np.array_equal(number.ravel(), np.arange(start, start + many))
@@ -159,9 +163,12 @@ def pad(site: Site) -> None:
     padded = [int(a) % len(x) for a in axes] if axes is not None else list(range(len(x)))
     others(site, x, y, set(padded))
     amounts: dict[int, list[Axis]] = {}
+    changing = site.changing(1)
     for k, i in enumerate(padded):
         low, high = pads[k], pads[k + len(padded)]
-        if low == high == 0:
+        if changing.size and (changing[k] or changing[k + len(padded)]):
+            site.fixed([x[i], y[i]], "padded by amounts given at run time")
+        elif low == high == 0:
             site.same(x[i], y[i])
         elif site.get("mode", "constant") != "constant" or low < 0 or high < 0 or (i >= 2 and len(x) > 3):
             site.fixed([x[i], y[i]], "padded or cropped axis")
