@@ -100,7 +100,8 @@ def prune(
     """Remove `ratio` of a budget (`macs`, `params` or `channels`) and prove that the surgery was right.
 
     scope, exclude, layer_ratios: globs over node and tensor names.  min_keep: units (or, below 1, the share) that every
-    group keeps.  align: kept units are a multiple of it.  Deterministic for a seed.
+    group keeps.  Groups that the inputs do
+    not exercise stay whole.  align: kept units are a multiple of it.  Deterministic for a seed.
 
     Raises OnnxPruneError for bad input (exit code 2), where nothing can be pruned (3) and where the proof fails (4).
 
@@ -121,6 +122,10 @@ def prune(
         chosen &= _matching(names, scope, "--scope", loaded)
     if exclude:
         chosen -= _matching(names, exclude, "--exclude", loaded)
+    idle = set(proof.unexercised) if proof else set()
+    if chosen and chosen <= idle:
+        raise OnnxPruneError(f"{loaded.name}: these inputs exercise none of its groups, so nothing is proven; give --feeds that do", 3)
+    chosen -= idle  # their coupling is not proven
     shares: dict[int, float] = {}
     for pattern, share in (layer_ratios or {}).items():
         if not 0 <= share < 1:

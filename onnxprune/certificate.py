@@ -52,7 +52,10 @@ class Proof:
 
 @dataclass(frozen=True)
 class Bench:
-    """The original model, ready to run with any of its groups' tensors changed."""
+    """The original model, ready to run with any of its groups' tensors changed.
+
+    elsewhere: inputs of another batch and of other symbolic sizes, if the model takes such.
+    """
 
     model: Model
     runner: Runner
@@ -60,6 +63,7 @@ class Bench:
     arrays: Arrays
     reference: Arrays
     rounding: float
+    elsewhere: Arrays | None = None
 
     @property
     def tolerance(self) -> float:
@@ -123,6 +127,37 @@ def _bench(model: Model, runner: Runner, feeds: Arrays, arrays: Arrays, seed: in
     return replace(bench, rounding=rounding if np.isfinite(rounding) else MOST)
 
 
+def _other_sizes(bench: Bench, seed: int) -> Arrays | None:
+    """Inputs of other sizes, where the file leaves sizes open and the model runs on them."""
+    declared = {v.name: v.type.tensor_type.shape.dim for v in bench.model.proto.graph.input if v.name in bench.feeds}
+    for step in (1, 32):
+        names: dict[str, int] = {}
+        shapes = {}
+        for name, dims in declared.items():
+            given = np.shape(bench.feeds[name])
+            for i, dim in enumerate(dims):
+                if not dim.dim_value:  # one symbol is one size
+                    names.setdefault(dim.dim_param or f"{name}:{i}", given[i] + (1 if i == 0 else step))
+            open_ = {i: names[d.dim_param or f"{name}:{i}"] for i, d in enumerate(dims) if not d.dim_value}
+            shapes[name] = tuple(open_.get(i, size) for i, size in enumerate(given))
+        if all(shapes[name] == np.shape(bench.feeds[name]) for name in shapes):
+            return None
+        other = {k: _resized(np.asarray(v), shapes[k], seed) if k in shapes else v for k, v in bench.feeds.items()}
+        try:
+            bench.runner.run(other)
+        except OnnxPruneError:
+            continue
+        return other
+    return None
+
+
+def _resized(array: np.ndarray, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Values of the array, drawn into another shape."""
+    if array.shape == shape or not array.size:
+        return array
+    return np.random.default_rng(seed).choice(array.ravel(), shape)
+
+
 def behind_integers(model: Model) -> list[str]:
     """The float values from which integer outputs (classes, indices) are computed: what can be compared in their stead."""
     makers = {o: n for n in model.nodes for o in n.output if o}
@@ -182,9 +217,9 @@ def certify(
         worst = max(worst, gap)
     certified = without(grouping, failed) if failed else grouping
     say(f"checking that {len(groups)} groups are exercised")
-    proven, idle, open_ = _exercised(bench, groups, seed + 1, seconds)
+    proven, idle, open_ = _exercised(bench, groups, seed + 1, seconds, worst)
     names = {m.tensor for g in groups for m in g.members}
-    bench = replace(bench, arrays={k: v for k, v in bench.arrays.items() if k in names})
+    bench = replace(bench, arrays={k: v for k, v in bench.arrays.items() if k in names}, elsewhere=_other_sizes(bench, seed))
     return certified, Proof(bench.rounding, bench.tolerance, worst, proven, idle, open_, failed), bench
 
 
@@ -224,14 +259,14 @@ def _blame(bench: Bench, gap: float) -> str:
 
 
 def _exercised(
-    bench: Bench, groups: Sequence[Group], seed: int, seconds: float
+    bench: Bench, groups: Sequence[Group], seed: int, seconds: float, rounding: float
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Ids of the groups whose wrong permutation changes the outputs, of those where nothing changes, and of those left open."""
     proven: list[int] = []
     idle: list[int] = []
     unchecked: list[int] = []
     end = time.monotonic() + seconds
-    noise = max(2 * bench.rounding, 1e-6)
+    noise = max(2 * rounding, 1e-6)  # twice what right permutations do
     for group in groups:
         if time.monotonic() > end:
             unchecked.append(group.id)
@@ -244,7 +279,7 @@ def _exercised(
 def _wrongly_permuted(bench: Bench, group: Group, seed: int) -> list[dict[str, np.ndarray]]:
     """Permutations of one group with one member left out, the largest weights first; noise where there is but one member."""
     tensors = bench.model.tensors
-    weights = [m for m in group.members if tensors[m.tensor].data_type in FLOATS]
+    weights = [m for m in group.members if tensors[m.tensor].data_type in FLOATS] or list(group.members)
     if len(group.members) < 2:
         member = group.members[0]
         array = widened(bench.arrays[member.tensor])

@@ -81,7 +81,7 @@ def show_proof(console: Console, proof: Proof | None) -> None:
         f"(rounding {proof.rounding:.1e}, allowed {proof.tolerance:.1e})"
     )
     for text, ids in (
-        ("not exercised by these inputs", proof.unexercised),
+        ("kept whole, as these inputs do not exercise them", proof.unexercised),
         ("left unchecked for time whether they are exercised", proof.unchecked),
     ):
         if ids:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
-from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxprune.errors import OnnxPruneError
 from onnxprune.importer import FLOATS, subgraphs
@@ -39,12 +39,47 @@ def first_line(error: Exception) -> str:
 
 
 def as_float32(proto: ModelProto) -> ModelProto:
-    """A copy whose float16, bfloat16 and double tensors, casts and values are float32."""
+    """A copy whose float16, bfloat16 and double tensors, casts and values are float32, and whose activations are not rounded.
+
+    A value that is quantized and at once dequantized, with one scale, is only clipped to the range that the integers span.
+    """
     copy = ModelProto()
     copy.CopyFrom(proto)
+    if any(node.op_type == "QuantizeLinear" for node in proto.graph.node):
+        _only_clip(copy.graph)
     if _uses_other_floats(proto.graph):
         _widen(copy.graph)
     return copy
+
+
+_SPANS = {TensorProto.UINT8: (0, 255), TensorProto.INT8: (-128, 127), TensorProto.UINT16: (0, 65535), TensorProto.INT16: (-32768, 32767)}
+
+
+def _only_clip(graph: GraphProto) -> None:
+    tensors = {t.name: t for t in graph.initializer}
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    outputs = {v.name for v in graph.output}
+    for node in graph.node:
+        after = readers.get(node.output[0], [])
+        pair = after and all(n.op_type == "DequantizeLinear" and list(n.input[1:]) == list(node.input[1:]) for n in after)
+        if node.op_type != "QuantizeLinear" or not pair or node.output[0] in outputs:
+            continue
+        if any(name not in tensors or np.prod(tensors[name].dims) != 1 for name in node.input[1:]) or len(node.input) < 3:
+            continue
+        scale, zero = (float(numpy_helper.to_array(tensors[name]).ravel()[0]) for name in node.input[1:3])
+        low, high = _SPANS.get(tensors[node.input[2]].data_type, (-np.inf, np.inf))
+        bounds = [f"{node.output[0]}:low", f"{node.output[0]}:high"]
+        for name, bound in zip(bounds, (low, high), strict=True):
+            graph.initializer.append(numpy_helper.from_array(np.float32((bound - zero) * scale), name))
+        node.op_type = "Clip"
+        node.input[1:] = bounds
+        del node.attribute[:]
+        for reader in after:
+            reader.op_type = "Identity"
+            del reader.input[1:], reader.attribute[:]
 
 
 def _uses_other_floats(graph: GraphProto) -> bool:
