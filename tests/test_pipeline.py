@@ -14,7 +14,7 @@ from conftest import EVAL, MODELS, two_layers
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import onnxprune
-from onnxprune import allocations, criteria
+from onnxprune import allocations, certificate, criteria
 from onnxprune.cost import count_macs
 from onnxprune.grouping import group
 from onnxprune.importer import load
@@ -326,6 +326,49 @@ def test_inputs_that_cannot_be_made_up(inputs: str, code: int, words: str) -> No
         assert onnxprune.prune(model, 0.5, of="channels", verify=False).on_budget
     else:
         assert onnxprune.prune(model, 0.5, of="channels", input_shapes={"x": (2, 4)}).on_budget
+
+
+TABLES = {
+    "slice": "p = Slice (table, zero, n, zero)",
+    "gather": "z = Squeeze (zero) e = Squeeze (n) o = Squeeze (one) r = Range (z, e, o) p = Gather <axis=0> (table, r)",
+}
+
+
+@pytest.mark.parametrize("how", sorted(TABLES))
+def test_rows_that_other_input_sizes_read_stay(how: str) -> None:
+    text = f"""<ir_version: 8, opset_import: ["": 17]> g (float[N, T, 4] x) => (float[N, T, 3] y)
+        <int64[1] zero = {{0}}, int64[1] one = {{1}}>
+        {{ n = Shape <start=1, end=2> (x) {TABLES[how]} h = MatMul (x, w1) a = Add (h, p) r1 = Relu (a) y = MatMul (r1, w2) }}"""
+    model = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    for name, shape in (("w1", (4, 8)), ("table", (64, 8)), ("w2", (8, 3))):
+        model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    claimed = {(m.tensor, m.axis) for g in onnxprune.groups(model, verify=False).groups for m in g.members}
+    assert claimed == {("w1", 1), ("table", 1), ("w2", 0)}
+    pruned = onnxprune.prune(model, 0.5).model
+    assert run(pruned, x=np.zeros((3, 50, 4), np.float32))[0].shape == (3, 50, 3)
+
+
+def test_a_rule_that_only_holds_at_one_size_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that takes the rows which a run-time bound leaves out for rows that nobody reads."""
+    from onnxprune import relations
+
+    def careless(site: relations.Site) -> None:
+        rest = site.new(site.size(site.x[0][0]) - site.size(site.y[0][0]))
+        site.concat(site.x[0][0], [site.y[0][0], rest])
+        site.same(site.x[0][1], site.y[0][1])
+
+    monkeypatch.setitem(relations._RULES, "Slice", careless)
+    monkeypatch.setattr(certificate, "_exercised", lambda bench, groups, *rest: (tuple(g.id for g in groups), (), ()))
+    text = f"""<ir_version: 8, opset_import: ["": 17]> g (float[N, T, 4] x) => (float[N, T, 3] y) <int64[1] zero = {{0}}>
+        {{ n = Shape <start=1, end=2> (x) {TABLES["slice"]} h = MatMul (x, w1) a = Add (h, p) r1 = Relu (a) y = MatMul (r1, w2) }}"""
+    model = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    for name, shape in (("w1", (4, 8)), ("table", (64, 8)), ("w2", (8, 3))):
+        model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    with pytest.raises(onnxprune.OnnxPruneError) as caught:
+        onnxprune.prune(model, 0.9, of="channels", min_keep=1)
+    assert caught.value.exit_code == 4
 
 
 # --- the proof ------------------------------------------------------------------------------------------------------
