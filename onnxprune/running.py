@@ -6,12 +6,15 @@ fusion (Pad into MaxPool) changes results.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from onnxprune import writing
 from onnxprune.errors import OnnxPruneError
 from onnxprune.importer import FLOATS, subgraphs
 
@@ -26,10 +29,16 @@ def session(proto: ModelProto, provider: str = "CPUExecutionProvider", optimize:
     options.log_severity_level = 4
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    skipped = ["Pad_Fusion"] if optimize else None
     try:
-        return ort.InferenceSession(
-            proto.SerializeToString(), options, providers=[provider], disabled_optimizers=["Pad_Fusion"] if optimize else None
-        )
+        if proto.ByteSize() <= writing.LARGEST:
+            return ort.InferenceSession(proto.SerializeToString(), options, providers=[provider], disabled_optimizers=skipped)
+        with tempfile.TemporaryDirectory() as folder:  # more than one message holds
+            path = Path(folder) / "model.onnx"
+            writing.write_model(proto, path)
+            return ort.InferenceSession(str(path), options, providers=[provider], disabled_optimizers=skipped)
+    except OnnxPruneError:
+        raise
     except Exception as error:
         raise OnnxPruneError(f"onnxruntime does not load the model ({first_line(error)})", 4) from error
 

@@ -14,6 +14,7 @@ from onnx import ModelProto
 from onnxprune.errors import OnnxPruneError
 
 LARGEST = 2**31 - 1  # bytes that one protobuf message may have
+SMALL = 1024  # bytes below which a tensor stays in the model's own file
 
 
 def check_target(path: str | os.PathLike[str], source: str | os.PathLike[str] | None = None) -> Path:
@@ -41,14 +42,14 @@ def write_model(proto: ModelProto, path: str | os.PathLike[str]) -> None:
     data = target.with_name(target.name + ".data")
 
     def weights(temporary: str) -> None:
-        onnx.external_data_helper.convert_model_to_external_data(copy, location=Path(temporary).name)
+        onnx.external_data_helper.convert_model_to_external_data(copy, location=Path(temporary).name, size_threshold=SMALL)
         onnx.external_data_helper.write_external_data_tensors(copy, str(target.parent))
-
-    def graph(temporary: str) -> None:
-        for tensor in onnx.external_data_helper._get_all_tensors(copy):
+        for tensor in copy.graph.initializer:
             for entry in tensor.external_data:
                 if entry.key == "location":
                     entry.value = data.name
+
+    def graph(temporary: str) -> None:
         Path(temporary).write_bytes(copy.SerializeToString())
 
     _replace({data: weights, target: graph})

@@ -16,6 +16,7 @@ import onnxruntime as ort
 import pytest
 from conftest import EVAL, MODELS, Command, two_layers
 
+import onnxprune
 from onnxprune import writing
 from onnxprune.errors import OnnxPruneError
 
@@ -240,6 +241,20 @@ def test_a_plan_fits_a_fine_tuned_sister(command: Command, tmp_path: Path) -> No
         tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * np.float32(1.5), tensor.name))
     onnx.save(model, tmp_path / "sister.onnx")
     assert command("apply", "sister.onnx", "plan.json", "-o", "out.onnx", "--verify").returncode == 0
+
+
+def test_models_over_the_limit_of_one_message_get_a_data_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = onnxprune.prune(MLP, 0.4).model
+    monkeypatch.setattr(writing, "LARGEST", 10_000)
+    large = onnxprune.prune(MLP, 0.4).model  # its proof runs such models too
+    writing.write_model(large, tmp_path / "out.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "out.onnx.data"]
+    assert (tmp_path / "out.onnx").stat().st_size < 20_000
+    read = onnx.load(tmp_path / "out.onnx")
+    arrays = [{t.name: onnx.numpy_helper.to_array(t) for t in m.graph.initializer} for m in (small, read)]
+    assert arrays[0].keys() == arrays[1].keys()
+    assert all(np.array_equal(arrays[0][k], arrays[1][k]) for k in arrays[0])
+    ort.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
 
 
 def test_interrupted_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
