@@ -16,24 +16,11 @@ also goes first: a tool that fails there, or takes it longer than --limit, is re
 
 from __future__ import annotations
 
-import argparse
-import copy
-import ctypes
 import functools
-import gc
 import importlib.metadata
 import importlib.util
-import io
-import json
-import math
 import os
-import platform
-import resource
-import statistics
-import subprocess
 import sys
-import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -95,6 +95,7 @@ def main() -> None:
     click.option("--provider", default="CPUExecutionProvider", show_default=True, help="onnxruntime provider of the benchmark."),
     JSON,
     QUIET,
+    VERBOSE,
 )
 def prune(
     model: str,
@@ -107,6 +108,7 @@ def prune(
     provider: str,
     json_path: str | None,
     quiet: bool,
+    verbose: bool,
     layer_ratios: tuple[str, ...],
     **chosen: Any,
 ) -> int:
@@ -160,6 +162,8 @@ def prune(
         console = _console()
         console.print(f"[bold]{result.plan.grouping.model.name}[/] → [bold]{target}[/]", soft_wrap=True)
         report.show_result(console, result, ratio, chosen["of"])
+        if verbose:
+            report.show_places(console, result.plan.grouping)
         report.show_proof(console, result.proof)
         if accuracy:
             report.show_evaluation(console, accuracy)
@@ -206,7 +210,7 @@ def _macs(model: Any) -> int:
 
 @main.command()
 @MODEL
-@options(FEEDS, SEED, ALLOW_IO, VERIFY, JSON, QUIET)
+@options(FEEDS, SEED, ALLOW_IO, VERIFY, JSON, QUIET, VERBOSE)
 def groups(
     model: str,
     feeds: str | None,
@@ -216,6 +220,7 @@ def groups(
     verify: bool,
     json_path: str | None,
     quiet: bool,
+    verbose: bool,
 ) -> int:
     """Show what can be pruned, what cannot, and why.
 
@@ -241,6 +246,8 @@ def groups(
         from onnxprune import report
 
         report.show_groups(_console(), found, proof)
+        if verbose:
+            report.show_places(_console(), found)
         if proof:
             report.show_proof(_console(), proof)
     if not found.groups:

@@ -35,6 +35,7 @@ SEED = click.option("--seed", default=0, show_default=True, help="Everything ran
 ALLOW_IO = click.option("--allow-io", multiple=True, metavar="GLOB", help="Graph inputs or outputs that may change size.")
 JSON = click.option("--json", "json_path", metavar="FILE", help="Write the result as JSON; - is standard output.")
 QUIET = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors; skip the benchmark.")
+VERBOSE = click.option("--verbose", "-v", is_flag=True, help="List every place of every group, and every fixed axis.")
 VERIFY = click.option("--verify/--no-verify", default=True, help="Prove the result on the model (on by default).")
 CHOICE = options(
     click.option("--ratio", "-r", type=float, required=True, help="Share of the budget to remove, between 0 and 1."),

@@ -48,6 +48,17 @@ def show_groups(console: Console, grouping: Grouping, proof: Proof | None) -> No
             console.print(f"  {count} × {escape(reason)} (such as {escape(example[0])}, axis {example[1]})", soft_wrap=True)
 
 
+def show_places(console: Console, grouping: Grouping) -> None:
+    """Every place of every group, and every axis that is fixed, a line each."""
+    for group in grouping.groups:
+        for member in group.members:
+            each = member.indices.shape[1]
+            where = f"{escape(member.tensor)}, axis {member.axis}" + (f", {each} places a unit" if each > 1 else "")
+            console.print(f"  group {group.id}: {where}", soft_wrap=True)
+    for tensor, axis, reason in grouping.fixed:
+        console.print(f"  fixed: {escape(tensor)}, axis {axis}: {escape(reason)}", soft_wrap=True)
+
+
 def show_result(console: Console, result: Result, ratio: float | None, of: str) -> None:
     """The widths of every group before and after, and what went."""
     table = _table(("group", "right"), ("tensors", "left"), ("units", "right"), ("", "left"))

@@ -81,6 +81,13 @@ def test_quiet_prints_nothing(command: Command) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+def test_verbose_lists_every_place_and_every_fixed_axis(command: Command) -> None:
+    result = command("groups", MLP, "-v")
+    assert "group 0: layers.0.weight, axis 0" in result.stdout
+    assert "fixed: layers.12.weight, axis 0: graph output 'logits'" in result.stdout
+    assert "group 0: layers.4.weight, axis 1" in command(MLP, "-r", "0.3", "-o", "out.onnx", "-v").stdout
+
+
 def test_bench_shows_models_side_by_side(command: Command) -> None:
     result = command("bench", MLP, MODELS / "digits-conv1d.onnx", "--seconds", "0.05", "--batch", "2", "--json", "-")
     assert result.returncode == 0, result.stderr
