@@ -14,7 +14,21 @@ import click
 
 from onnxprune import __version__
 from onnxprune.errors import OnnxPruneError
-from onnxprune.options import ALLOW_IO, CHOICE, FEEDS, JSON, MODEL, QUIET, SEED, VERIFY, options, read_feeds, read_ratios, read_shapes
+from onnxprune.options import (
+    ALLOW_IO,
+    CHOICE,
+    FEEDS,
+    JSON,
+    MODEL,
+    QUIET,
+    SEED,
+    VERBOSE,
+    VERIFY,
+    options,
+    read_feeds,
+    read_ratios,
+    read_shapes,
+)
 
 if TYPE_CHECKING:
     import numpy as np
