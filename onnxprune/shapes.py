@@ -56,7 +56,11 @@ def infer(
                     wanted = [d.dim_value or d.dim_param or "?" for d in declared]
                     raise OnnxPruneError(f"{name}: input '{value.name}' is {wanted}, the feed is {list(given[value.name])}")
         try:
-            return _infer_at(proto, nodes, tensors, shapes, feeds, symbolic)
+            found = _infer_at(proto, nodes, tensors, shapes, feeds, symbolic)
+            if free and size != 224 and any(not d.dim_value for v in inputs for d in v.type.tensor_type.shape.dim[1:]):
+                outputs = {v.name for v in proto.graph.output}
+                _seen(proto, outputs, shapes, feeds)  # inference may take a size that no run does
+            return found
         except ValueError as error:
             problem = str(error).splitlines()[0][:200]
     raise OnnxPruneError(f"{name}: does not run on inputs of {shapes} ({problem}); give --feeds or --input-shape that it takes")
