@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,8 +36,8 @@ class Result:
     macs, parameters: (before, after); reached: share of the budget that went; on_budget: within a point of what was asked.
     """
 
-    model: ModelProto
-    plan: Plan
+    model: ModelProto = field(repr=False)
+    plan: Plan = field(repr=False)
     proof: Proof | None
     macs: tuple[int, int]
     parameters: tuple[int, int]
@@ -111,8 +111,10 @@ def prune(
     check_ratio(ratio)
     check_budget(of)
     score, _ = criteria.get(criterion), allocations.get(allocation)
-    if min_keep < 0 or align < 1:
-        raise OnnxPruneError(f"min-keep {min_keep} and align {align}: the first is 0 or more, the second 1 or more")
+    if min_keep < 0:
+        raise OnnxPruneError(f"min-keep is {min_keep}; it is a share below 1 or a number of units, 0 at least")
+    if align < 1:
+        raise OnnxPruneError(f"align is {align}; it is a number of units, 1 at least")
     loaded = _load(model, feeds, input_shapes, progress)
     grouping, proof, bench = _certified(group(loaded, allow_io), feeds, seed, verify, progress)
     _some(grouping)
@@ -136,6 +138,8 @@ def prune(
     _say(progress, f"scoring {len(chosen)} groups")
     scores = {g.id: score(loaded, g, np.random.default_rng([seed, g.id])) for g in grouping.groups if g.id in chosen}
     choice = choose(grouping, scores, ratio, of, allocation, Limits(min_keep, align), shares)
+    if not choice.remove:
+        raise OnnxPruneError(f"{loaded.name}: nothing can go within --min-keep {min_keep:g} and --align {align}; ask for less of them", 3)
     options = {
         "ratio": ratio,
         "of": of,

@@ -120,7 +120,8 @@ def _bench(model: Model, runner: Runner, feeds: Arrays, arrays: Arrays, seed: in
     try:
         reference = runner.run(feeds)
     except OnnxPruneError as error:
-        raise OnnxPruneError(f"{model.name}: {error}", error.exit_code) from error
+        shapes = ", ".join(f"{k} {list(np.shape(v))}" for k, v in feeds.items())
+        raise OnnxPruneError(f"{model.name}: {error}; with {shapes}; give --feeds or --input-shape", error.exit_code) from error
     bench = Bench(model, runner, feeds, arrays, reference, 0.0)
     rng = np.random.default_rng([seed, 1])
     rounding = max(bench.gap(jittered(arrays, rng)) for _ in range(2)) if arrays else 0.0
@@ -283,7 +284,10 @@ def _wrongly_permuted(bench: Bench, group: Group, seed: int) -> list[dict[str, n
     if len(group.members) < 2:
         member = group.members[0]
         array = widened(bench.arrays[member.tensor])
-        noise = np.random.default_rng(seed).standard_normal(array.shape) * (array.std() + 1e-3)
+        noise = np.zeros(array.shape)
+        there: list[Any] = [slice(None)] * array.ndim
+        there[member.axis] = member.indices.ravel()
+        noise[tuple(there)] = np.random.default_rng(seed).standard_normal(noise[tuple(there)].shape) * (array.std() + 1e-3)
         return [{member.tensor: (array + noise).astype(array.dtype)}] if array.dtype.kind == "f" else []
     weights.sort(key=lambda m: -int(np.prod(tensors[m.tensor].dims)))
     return [permuted(bench.arrays, [group], seed, omit=one) for one in weights[:3]]

@@ -57,6 +57,9 @@ class Commands(click.Group):
         except click.exceptions.Abort:
             _complain("interrupted; no half-written file is left")
             sys.exit(INTERRUPTED)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            sys.exit(2)
         except click.ClickException as error:
             hint = f"; see `{error.ctx.command_path} --help`" if isinstance(error, click.UsageError) and error.ctx else ""
             _complain(error.format_message().rstrip(".") + hint)
@@ -69,7 +72,10 @@ class Commands(click.Group):
         except Exception as error:
             if os.environ.get("ONNXPRUNE_DEBUG"):
                 raise
-            _complain(f"unexpected {type(error).__name__} ({error}); nothing is written; ONNXPRUNE_DEBUG=1 shows where, please report it")
+            if isinstance(error, OSError | UnicodeError):  # standard output that cannot be written to
+                _complain(f"cannot print the result ({error}); use --quiet, or another terminal or encoding")
+                sys.exit(2)
+            _complain(f"unexpected {type(error).__name__} ({error}); ONNXPRUNE_DEBUG=1 shows where, please report it")
             sys.exit(4)
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -134,12 +140,13 @@ def prune(
     """
     from onnxprune import api
     from onnxprune.allocations import check_budget, check_ratio
-    from onnxprune.writing import check_target, write_model, write_text
+    from onnxprune.writing import check_apart, check_target, write_model, write_text
 
     check_ratio(ratio)
     check_budget(chosen["of"])
     source = Path(model)
     target = check_target(output or source.with_name(f"{source.stem}-pruned.onnx"), source)
+    check_apart(model, target, plan_out, json_path, feeds, evaluation)
     for extra in (plan_out, json_path):
         if extra and extra != "-":
             check_target(extra, source)
@@ -342,9 +349,10 @@ def apply(
     onnxprune apply model.onnx plan.json -o smaller.onnx
     """
     from onnxprune import api
-    from onnxprune.writing import check_target, write_model
+    from onnxprune.writing import check_apart, check_target, write_model
 
     target = check_target(output, model)
+    check_apart(model, plan, output, json_path, feeds)
     with _progress(quiet) as say:
         result = api.apply(model, plan, feeds=read_feeds(feeds), input_shapes=read_shapes(shapes), verify=verify, seed=seed, progress=say)
         write_model(result.model, target)
@@ -397,6 +405,8 @@ def verify(
         from onnxprune import report
 
         report.show_proof(_console(), proof)
+        if pruned and not plan:
+            _console().print(f"{pruned} loads, with the same inputs and outputs; it is compared with the model only with --plan")
     return 0
 
 

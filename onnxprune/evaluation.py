@@ -52,6 +52,8 @@ def evaluate(original: ModelProto, pruned: ModelProto, data: Mapping[str, np.nda
     samples = len(data[names[0]])
     first = left.get_inputs()[0].shape
     batch = first[0] if first and isinstance(first[0], int) and first[0] > 0 else batch
+    if not samples:
+        raise OnnxPruneError("the evaluation data has no samples")
     if samples < batch:
         batch = samples
     counted = samples - samples % batch if first and isinstance(first[0], int) else samples
@@ -60,7 +62,10 @@ def evaluate(original: ModelProto, pruned: ModelProto, data: Mapping[str, np.nda
     agreement = float((one == other).mean())
     if "labels" not in data:
         return Evaluation(counted, agreement)
-    labels = np.asarray(data["labels"]).reshape(-1)[:counted]
+    labels = np.asarray(data["labels"])
+    if labels.dtype.kind not in "iu" or labels.size != len(labels):
+        raise OnnxPruneError(f"the labels are {labels.dtype} {list(labels.shape)}; they must be one class number a sample")
+    labels = labels.reshape(-1)[:counted]
     if labels.shape != one.shape:
         raise OnnxPruneError(f"the evaluation data has {len(labels)} labels for {len(one)} samples; there must be one a sample")
     return Evaluation(counted, agreement, float((one == labels).mean()), float((other == labels).mean()))

@@ -206,6 +206,8 @@ def fold(
             if op in _MOVES:
                 known = [s.dynamic if s and (i == 0 or op == "Concat") else numbers[i] for i, s in enumerate(sources)]
                 dynamic = np.asarray(_MOVES[op](known, given)).astype(bool)
+                if op != "Concat" and any(s is not None and s.dynamic.any() for s in sources[1:]):
+                    dynamic = np.ones(number.shape, bool)  # which elements are taken depends on input sizes
             elif op in ("Expand", "Tile", "ConstantOfShape", "Range") or op.startswith("Reduce"):
                 dynamic = np.full(number.shape, any(s is not None and s.dynamic.any() for s in sources))
             else:

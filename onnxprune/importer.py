@@ -80,6 +80,10 @@ def read(source: str | os.PathLike[str] | ModelProto) -> tuple[ModelProto, str]:
     if isinstance(source, ModelProto):
         return source, source.graph.name or "model"
     path = Path(source)
+    if path.is_dir():
+        raise OnnxPruneError(f"{path}: is a folder; give the path of an .onnx file")
+    if path.is_file() and not os.access(path, os.R_OK):
+        raise OnnxPruneError(f"{path}: may not be read; change its permissions")
     if not path.is_file():
         raise OnnxPruneError(f"{path}: no such file; give the path of an .onnx file")
     try:

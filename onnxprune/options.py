@@ -31,10 +31,10 @@ FEEDS = options(
     click.option("--feeds", metavar="FILE.npz", help="Inputs for the proof and the counters: an array for each input."),
     click.option("--input-shape", "shapes", metavar="NAME=1,3,224,224", multiple=True, help="An input's shape instead (seeded values)."),
 )
-SEED = click.option("--seed", default=0, show_default=True, help="Everything random follows from it.")
+SEED = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Everything random follows from it.")
 ALLOW_IO = click.option("--allow-io", multiple=True, metavar="GLOB", help="Graph inputs or outputs that may change size.")
 JSON = click.option("--json", "json_path", metavar="FILE", help="Write the result as JSON; - is standard output.")
-QUIET = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors; skip the benchmark.")
+QUIET = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors; prune then skips its benchmark.")
 VERBOSE = click.option("--verbose", "-v", is_flag=True, help="List every place of every group, and every fixed axis.")
 VERIFY = click.option("--verify/--no-verify", default=True, help="Prove the result on the model (on by default).")
 CHOICE = options(
@@ -44,8 +44,14 @@ CHOICE = options(
     click.option("--allocation", default="uniform", show_default=True, help="How the groups share it: uniform or global."),
     click.option("--scope", multiple=True, metavar="GLOB", help="Prune only layers with such a node or tensor name."),
     click.option("--exclude", multiple=True, metavar="GLOB", help="Leave such layers as they are."),
-    click.option("--layer-ratio", "layer_ratios", multiple=True, metavar="GLOB=RATIO", help="Share of units that go from such layers."),
-    click.option("--min-keep", default=0.1, show_default=True, help="Least that a group keeps: a share, or a number of units."),
+    click.option(
+        "--layer-ratio",
+        "layer_ratios",
+        multiple=True,
+        metavar="GLOB=RATIO",
+        help="Such layers lose this share of units.",
+    ),
+    click.option("--min-keep", default=0.1, show_default=True, help="Least that a group keeps: a share below 1, or a number of units."),
     click.option("--align", default=1, show_default=True, help="Keep multiples of this many units."),
     ALLOW_IO,
 )

@@ -60,7 +60,9 @@ def read_plan(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, A
     try:
         for entry in content["groups"]:
             units = int(entry["units"])
-            remove = [int(u) for u in entry.get("remove") or []]
+            remove = list(entry.get("remove") or [])
+            if not all(type(u) is int for u in remove):
+                raise OnnxPruneError(f"{name}: the remove list of group {entry['id']} holds {remove[0]!r}; it must hold unit numbers")
             if any(not 0 <= u < units for u in remove) or len(set(remove)) != len(remove):
                 raise OnnxPruneError(f"{name}: group {entry['id']} has {units} units; its remove list names others, or one twice")
             if remove and len(remove) == units:
@@ -70,6 +72,8 @@ def read_plan(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, A
                     raise OnnxPruneError(f"{name}: the blocks of group {entry['id']} lose different numbers of units; make them equal")
             for member in entry["members"]:
                 str(member["tensor"]), int(member["axis"]), np.asarray(member["indices"], np.int64).reshape(units, -1)
+        if not any(entry.get("remove") for entry in content["groups"]):
+            raise OnnxPruneError(f"{name}: removes nothing; it may be a groups file: make a plan with `onnxprune plan`")
     except (KeyError, TypeError, ValueError) as error:
         raise OnnxPruneError(f"{name}: a group is not as the format says ({error}); make the plan again") from error
     return content

@@ -104,7 +104,7 @@ def show_proof(console: Console, proof: Proof | None) -> None:
     if proof.masked is not None:
         console.print(f"  the original with zeros in place of the units gives the same outputs: {proof.masked:.1e}")
     if proof.statistics:
-        console.print(f"  {len(proof.statistics)} groups also change a mean, variance, maximum or softmax: {_some(proof.statistics)}")
+        console.print(f"  {len(proof.statistics)} also change a mean, variance, maximum or softmax: groups {_some(proof.statistics)}")
     if proof.matches is not None:
         same = proof.matches <= proof.tolerance
         text = "is what the plan leaves" if same else "has the plan's shapes and other weights (trained on or compensated)"
@@ -126,8 +126,9 @@ def hint_alignment(console: Console, measured: Sequence[Measurement], result: Re
     """Say what to do where the pruned model is not as much faster as it is smaller."""
     before, after = measured[0].latency_median_s, measured[1].latency_median_s
     if result.plan.options.get("align") == 1 and after > 0.9 * before:
+        what = "slower" if after > before else "hardly faster"
         console.print(
-            "[yellow]smaller, and hardly faster: fast kernels want widths that are multiples of 8 or 16; try --align 8 or --align 16[/]"
+            f"[yellow]smaller, but {what}: fast kernels want widths that are multiples of 8 or 16; try --align 8 or --align 16[/]"
         )
 
 

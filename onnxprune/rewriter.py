@@ -63,6 +63,14 @@ def rewrite(grouping: Grouping, remove: Remove, arrays: Mapping[str, np.ndarray]
     """
     model, widths = grouping.model, Widths(grouping, remove)
     tensors = {name: _sliced(model, name, widths, arrays or {}) for name in model.tensors}
+    try:
+        return _rewritten(model, widths, tensors, pinned=True)
+    except OnnxPruneError:  # a size that run-time arithmetic mixes with others has to follow
+        return _rewritten(model, widths, tensors, pinned=False)
+
+
+def _rewritten(model: Model, widths: Widths, tensors: dict[str, TensorProto], pinned: bool) -> ModelProto:
+    """pinned: what the model computes from sizes sees the old ones, and only what a rule mends gets new ones."""
     nodes = []
     for node in model.nodes:
         copy = NodeProto()
@@ -74,8 +82,11 @@ def rewrite(grouping: Grouping, remove: Remove, arrays: Mapping[str, np.ndarray]
         nodes.append(copy)
     shapes = {v: tuple(widths.size((v, i)) for i in range(len(s))) for v, s in model.shapes.items()}
     static = {v: tuple(True for _ in s) for v, s in shapes.items()}
-    editor = _Editor(model, widths, nodes, tensors, fold(nodes, tensors, shapes, static))
-    for mend in grouping.dependencies.mends:
+    now = model.folded if pinned else fold(nodes, tensors, shapes, static)
+    editor = _Editor(model, widths, nodes, tensors, now)
+    if pinned:
+        editor.pin_sizes()
+    for mend in widths.grouping.dependencies.mends:
         editor.mend(mend)
     editor.keep_data()
     return _assemble(model, widths, editor)
@@ -99,7 +110,7 @@ class _Editor:
     """Changes nodes' attributes and inputs; constants that several nodes read are never changed in place."""
 
     def __init__(
-        self, model: Model, widths: Widths, nodes: list[NodeProto], tensors: dict[str, TensorProto], now: dict[str, Folded]
+        self, model: Model, widths: Widths, nodes: list[NodeProto], tensors: dict[str, TensorProto], now: Mapping[str, Folded]
     ) -> None:
         self.model, self.widths, self.nodes, self.tensors, self.now = model, widths, nodes, tensors, now
         self.before: dict[int, list[NodeProto]] = {}
@@ -107,12 +118,39 @@ class _Editor:
         self.handled: set[tuple[int, int]] = set()
         self._taken = set(model.shapes) | set(model.tensors) | {o for n in nodes for o in n.output}
 
+    def pin_sizes(self) -> None:
+        """Shape and Size of what shrinks give the old numbers."""
+        for index, node in enumerate(self.nodes):
+            if node.op_type not in ("Shape", "Size") or not node.output[0]:
+                continue
+            source = self.model.shapes.get(node.input[0], ())
+            if all(self.widths.mask((node.input[0], i)) is None for i in range(len(source))):
+                continue
+            old = self.model.folded.get(node.output[0])
+            if old is None or (node.op_type == "Size" and old.dynamic.any()):
+                raise _unable(node)
+            out = node.output[0]
+            if not old.dynamic.any():
+                constant = helper.make_node("Constant", [], [out], name=node.name, value=numpy_helper.from_array(old.number, out))
+                self.nodes[index] = constant
+                continue
+            fresh = self._name(out)
+            run = NodeProto()
+            run.CopyFrom(node)
+            run.output[0] = fresh
+            self.before[index] = [run]
+            mask, number = self._constant(~old.dynamic, "static"), self._constant(old.number, out)
+            self.nodes[index] = helper.make_node("Where", [mask, number, fresh], [out], name=f"{node.name or out}_pinned")
+
     def mend(self, mend: Mend) -> None:
         node = self.nodes[mend.node]
         if isinstance(mend.where, int):
             self.handled.add((mend.node, mend.where))
         if mend.keep is not None:
             if self.widths.mask(mend.when[0]) is not None:
+                for i in reversed(range(len(node.attribute))):
+                    if node.attribute[i].name == mend.where:
+                        del node.attribute[i]
                 node.attribute.extend([helper.make_attribute(str(mend.where), float(mend.keep))])
             return
         if mend.take is not None:
@@ -134,6 +172,7 @@ class _Editor:
             for i, attribute in reversed(list(enumerate(node.attribute))):
                 if attribute.name == "num_outputs":
                     del node.attribute[i]
+            del node.input[1:]
             node.input.append(self._constant(np.array(sizes, np.int64), "split"))
 
     def _attribute(self, node: NodeProto, name: str, amounts: Mapping[int, tuple[Axis, ...]], changed: dict[int, int]) -> None:
@@ -173,9 +212,9 @@ class _Editor:
         if (wrong & dynamic).any():
             raise _unable(node)
         if not dynamic.any():
-            node.input[position] = self._constant(wanted.reshape(original.number.shape), name)
+            node.input[position] = self._constant(wanted.reshape(original.number.shape).astype(original.number.dtype), name)
             return
-        mask, fresh = self._constant(~dynamic, "static"), self._constant(wanted, name)
+        mask, fresh = self._constant(~dynamic, "static"), self._constant(wanted.astype(original.number.dtype), name)
         out = self._name(name)
         self.before.setdefault(index, []).append(helper.make_node("Where", [mask, fresh, name], [out], name=out))
         node.input[position] = out
@@ -238,7 +277,8 @@ def _assemble(model: Model, widths: Widths, editor: _Editor) -> ModelProto:
     nodes: list[NodeProto] = []
     for index, node in enumerate(editor.nodes):
         nodes += [*editor.before.get(index, []), node]
-    needed, alive = set(model.outputs), []
+    overridable = {v.name for v in model.proto.graph.input} if model.proto.ir_version >= 4 else set()
+    needed, alive = {*model.outputs, *(overridable & set(model.tensors))}, []
     for node in reversed(nodes):
         if any(o in needed for o in node.output):
             alive.append(node)

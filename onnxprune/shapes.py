@@ -102,7 +102,9 @@ def _infer_at(
             break
     wanted = {x for n in nodes for x in (*n.input, *n.output) if x and x not in known}
     if wanted:
-        known |= _seen(proto, wanted, shapes, feeds)
+        if static_everywhere is None:
+            static_everywhere = {name: tuple(True for _ in shape) for name, shape in known.items()}
+        known |= _seen(proto, wanted, shapes, feeds)  # sizes that may depend on data
         folded = fold(nodes, tensors, known, static_everywhere)
     return Inferred(known, folded)
 

@@ -20,15 +20,27 @@ SMALL = 1024  # bytes below which a tensor stays in the model's own file
 def check_target(path: str | os.PathLike[str], source: str | os.PathLike[str] | None = None) -> Path:
     """Raises OnnxPruneError where a file could not be written there, before any work is done for it."""
     target = Path(path)
+    if str(path) == "-":
+        raise OnnxPruneError("'-': this is written to a file, not to standard output; give its name")
     if target.is_dir():
         raise OnnxPruneError(f"{target}: is a folder; give the name of the file to write")
     if not target.parent.is_dir():
         raise OnnxPruneError(f"{target}: the folder '{target.parent}' does not exist; make it first")
     if not os.access(target.parent, os.W_OK):
         raise OnnxPruneError(f"{target}: the folder '{target.parent}' may not be written to; choose another")
+    if target.exists() and not target.is_file():
+        raise OnnxPruneError(f"{target}: is no ordinary file, and would be replaced; give another name")
     if source is not None and target.exists() and Path(source).exists() and target.samefile(source):
         raise OnnxPruneError(f"{target}: is the input itself, which is never changed; give another name with -o")
     return target
+
+
+def check_apart(*paths: str | os.PathLike[str] | None) -> None:
+    """Raises OnnxPruneError where two of the files are one."""
+    named = [Path(p).resolve() for p in paths if p and str(p) != "-"]
+    for i, path in enumerate(named):
+        if path in named[:i]:
+            raise OnnxPruneError(f"{path.name}: is named twice; give each input and output a file of its own")
 
 
 def write_model(proto: ModelProto, path: str | os.PathLike[str]) -> None:

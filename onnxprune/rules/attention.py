@@ -36,6 +36,13 @@ def cached(site: Site, axes: Sequence[Axis], heads: Axis, size: Axis) -> None:
         site.same(axes[3], size)
 
 
+def logits(site: Site, first: int, heads: Axis) -> None:
+    """Outputs (N, heads, S, T) from the first on."""
+    for axes in site.y[first:]:
+        if len(axes) > 1:
+            site.same(axes[1], heads)
+
+
 def keep_scale(site: Site, size: Axis) -> None:
     """The default scale follows from the head size; a narrower head keeps the scale that it was trained with."""
     if not site.get("scale"):
@@ -61,6 +68,7 @@ def attention(site: Site) -> None:
             cached(site, site.x[position], kv, width)
     for axes, width in zip(site.y[1:3], (size, inner), strict=False):
         cached(site, axes, kv, width)
+    logits(site, 3, heads)
     for attribute, axis in (("q_num_heads", heads), ("kv_num_heads", kv)):
         if attribute in site.attributes:
             site.mend(attribute, {0: [axis]})
@@ -115,6 +123,7 @@ def multi_head_attention(site: Site) -> None:
     over_heads(site, 5, heads)
     for axes, width in (*zip(site.x[6:8], (size, inner), strict=False), *zip(site.y[1:3], (size, inner), strict=False)):
         cached(site, axes, heads, width)
+    logits(site, 3, heads)
     site.mend("num_heads", {0: [heads]})
     keep_scale(site, size)
 
@@ -139,6 +148,9 @@ def group_query_attention(site: Site) -> None:
     for axes in (*site.x[3:5], *site.y[1:3]):
         cached(site, axes, kv, size)
     over_heads(site, 10, heads)
+    logits(site, 3, heads)
+    if site.has(11):
+        site.same(site.x[11][0], heads)
     if site.get("do_rotary"):
         site.fixed([size], "rotary embedding inside GroupQueryAttention")
     site.mend("num_heads", {0: [heads]})

@@ -53,7 +53,7 @@ def group_normalization(site: Site) -> None:
     site.mend("num_groups", {0: [groups]})
 
 
-@rule("LpNormalization", "Softmax", "LogSoftmax", "Hardmax", "MeanVarianceNormalization")
+@rule("LpNormalization", "Softmax", "LogSoftmax", "MeanVarianceNormalization")
 def over_axis(site: Site) -> None:
     """Every element is divided by (or compared with) its neighbours along an axis; before opset 13, along all the later ones."""
     x, op = site.x[0], site.node.op_type
@@ -64,6 +64,13 @@ def over_axis(site: Site) -> None:
     old = op != "LpNormalization" and site.opset < 13
     axis = site.get("axis", 1 if old else -1) % len(x)
     site.statistics(x[axis:] if old else [x[axis]])
+
+
+@rule("Hardmax")
+def hardmax(site: Site) -> None:
+    """One at the first largest place: the order matters where two are alike."""
+    site.same_all(site.x[0], site.y[0])
+    site.fixed(site.x[0], "Hardmax takes the first of equals")
 
 
 @rule("LRN")

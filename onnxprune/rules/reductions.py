@@ -10,6 +10,8 @@ def pool(site: Site) -> None:
     for output in site.y:
         site.same_all(site.x[0][:2], output[:2])
         site.fixed(output[2:], "spatial axis")
+    for indices in site.y[1:]:
+        site.fixed(indices[:2], "MaxPool's indices count over all channels")
     site.fixed(site.x[0][2:], "spatial axis")
 
 
