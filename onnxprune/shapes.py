@@ -86,6 +86,9 @@ def _infer_at(
     symbolic: bool,
 ) -> Inferred:
     weights = {k: tuple(t.dims) for k, t in tensors.items()}
+    # since IR version 4 an initializer that is also an input is only a default
+    defaults = {v.name for v in proto.graph.input} if proto.ir_version >= 4 else set()
+    constants = {k: t for k, t in tensors.items() if k not in defaults}
     folded: dict[str, Folded] = {}
     known: dict[str, Shape] = {}
     static_everywhere = None
@@ -96,7 +99,7 @@ def _infer_at(
         before = len(known), len(folded)
         known, _ = _onnx_shapes(proto, nodes, tensors, folded, shapes)
         known |= weights | dict(shapes)
-        folded = fold(nodes, tensors, known, static_everywhere)
+        folded = fold(nodes, constants, known, static_everywhere)
         known |= {k: np.shape(f.number) for k, f in folded.items()}
         if (len(known), len(folded)) == before:
             break
@@ -105,7 +108,7 @@ def _infer_at(
         if static_everywhere is None:
             static_everywhere = {name: tuple(True for _ in shape) for name, shape in known.items()}
         known |= _seen(proto, wanted, shapes, feeds)  # sizes that may depend on data
-        folded = fold(nodes, tensors, known, static_everywhere)
+        folded = fold(nodes, constants, known, static_everywhere)
     return Inferred(known, folded)
 
 

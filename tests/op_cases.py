@@ -412,10 +412,11 @@ def norms() -> Iterator[Case]:
     yield image("LpNormalization", "z = LpNormalization <axis=1, p=2> (h)")
     yield image("MeanVarianceNormalization", "z = MeanVarianceNormalization <axes=[0,2,3]> (h)", masks=False)
     yield image("MeanVarianceNormalization-channels", "z = MeanVarianceNormalization <axes=[1,2,3]> (h)", statistics=True)
-    for op, opset in product(("Softmax", "LogSoftmax", "Hardmax"), (11, 13)):
+    for op, opset in product(("Softmax", "LogSoftmax"), (11, 13)):
         yield rows(f"{op}-{opset}-features", f"z = {op} <axis=2> (h)", opset=opset, statistics=True)
         yield image(f"{op}-{opset}-channels", f"z = {op} <axis=1> (h)", opset=opset, statistics=True)
         yield image(f"{op}-{opset}-last", f"z = {op} <axis=3> (h)", opset=opset, statistics=False)
+    yield rows("Hardmax", "z = Hardmax <axis=2> (h)", None, "", "w1:1 w2:0", joined=False)
 
 
 def pools() -> Iterator[Case]:
