@@ -6,7 +6,7 @@ shape is computed at run time is folded here and inferred again; what is still o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,15 @@ def infer(
     raise OnnxPruneError(f"{name}: does not run on inputs of {shapes} ({problem}); give --feeds or --input-shape that it takes")
 
 
+_RESIZING = {"Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "Scan", "SequenceAt", "Unique"}
+
+
+def _sized_by_data(nodes: Sequence[NodeProto], inputs: Iterable[onnx.ValueInfoProto]) -> bool:
+    """Whether a value's size may depend on data: operators that pick elements, or small integer inputs that may say sizes."""
+    numbers = (v for v in inputs if v.type.tensor_type.elem_type in (6, 7) and len(v.type.tensor_type.shape.dim) < 2)
+    return any(node.op_type in _RESIZING for node in nodes) or any(True for _ in numbers)
+
+
 def concrete(value: onnx.ValueInfoProto, size: int) -> Shape:
     """The declared shape; a symbolic first axis (the batch) is 2 and other symbolic axes are `size`."""
     dims = value.type.tensor_type.shape.dim
@@ -105,7 +114,7 @@ def _infer_at(
             break
     wanted = {x for n in nodes for x in (*n.input, *n.output) if x and x not in known}
     if wanted:
-        if static_everywhere is None:
+        if static_everywhere is None and _sized_by_data(nodes, proto.graph.input):
             static_everywhere = {name: tuple(True for _ in shape) for name, shape in known.items()}
         known |= _seen(proto, wanted, shapes, feeds)  # sizes that may depend on data
         folded = fold(nodes, constants, known, static_everywhere)
