@@ -87,6 +87,8 @@ def _resolve_segment(segment: Segment) -> Layout:
             continue
         if not flat:  # outermost: the concat shows
             rest = segment[position + 1 :]
+            if not rest:
+                return inner
             return [s for part in inner for s in _resolve_segment([*part, *rest])]
         flat.append(dim)
     return [flat]
