@@ -16,7 +16,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from onnxprune import writing
 from onnxprune.errors import OnnxPruneError
-from onnxprune.importer import FLOATS, subgraphs
+from onnxprune.importer import subgraphs
 
 Arrays = Mapping[str, np.ndarray]
 _WIDE = (TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -253,6 +253,3 @@ def jittered(arrays: Arrays, rng: np.random.Generator) -> dict[str, np.ndarray]:
             with np.errstate(over="ignore", invalid="ignore"):
                 moved[name] = np.where(np.isfinite(values), values * (1 + np.float32(6e-8) * signs), values).astype(np.float32)
     return moved
-
-
-__all__ = ["FLOATS", "Arrays", "Runner", "as_float32", "distance", "jittered", "session", "widened"]
