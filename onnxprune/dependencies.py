@@ -12,7 +12,8 @@ import numpy as np
 
 import onnxprune.rules  # noqa: F401  (registers the rules)
 from onnxprune.importer import Model, captured, load
-from onnxprune.relations import Axis, Concat, Fixed, Mend, Product, Relation, Same, Site, Statistics, rule_of
+from onnxprune.relations import Axis, Concat, Fixed, Mend, Product, Relation, Reorder, Same, Site, Statistics, rule_of
+from onnxprune.shuffles import Shuffle
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -27,16 +28,21 @@ class Dependencies:
     """
 
     relations: list[Relation]
-    mends: list[Mend]
+    mends: list[Mend | Reorder]
     sizes: dict[str, int]
 
 
-def relate(model: Model, allow_io: Sequence[str] = ()) -> Dependencies:
-    """Ask the rule of every node; what no rule speaks of is fixed."""
+def relate(model: Model, allow_io: Sequence[str] = (), shuffles: Sequence[Shuffle] = ()) -> Dependencies:
+    """Ask the rule of every node; what no rule speaks of is fixed.  shuffles: chains that are read as one Gather each."""
     relations: list[Relation] = []
-    mends: list[Mend] = []
+    mends: list[Mend | Reorder] = []
     sizes: dict[str, int] = {}
+    ends = {shuffle.nodes[-1]: shuffle for shuffle in shuffles}
+    inside = {i for shuffle in shuffles for i in shuffle.nodes} - set(ends)
     for index, node in enumerate(model.nodes):
+        if index in inside:
+            _fix(relations, model, node.input[1:], "sizes of a Reshape")
+            continue
         if node.op_type == "Constant":
             if node.output[0] not in model.tensors:
                 _fix(relations, model, node.output, "a constant without a tensor")
@@ -45,7 +51,9 @@ def relate(model: Model, allow_io: Sequence[str] = ()) -> Dependencies:
         rule = rule_of(node)
         site = Site(index, node, model.opsets.get(node.domain or "ai.onnx", 1), model.shapes, model.folded, sorted(outside))
         unknown = [n for n in (*node.input, *node.output) if n and n not in model.shapes]
-        if rule is None or outside:
+        if index in ends:
+            _reorder(site, ends[index])
+        elif rule is None or outside:
             site.fixed([a for axes in (*site.x, *site.y) for a in axes], f"no rule for operator {node.op_type}")
         elif (node.input and node.input[0] in unknown) or node.output[0] in unknown:
             site.fixed([a for axes in (*site.x, *site.y) for a in axes], "its shape is unknown")
@@ -58,7 +66,7 @@ def relate(model: Model, allow_io: Sequence[str] = ()) -> Dependencies:
                 site.fixed([a for axes in (*site.x, *site.y) for a in axes], f"{node.op_type} with odd inputs")
         site.fixed(site.outside, f"read inside {node.op_type}")
         said = site.mentioned()
-        for axes in (*site.x, *site.y):
+        for axes in (*site.x, *site.y) if index not in ends else ():
             forgotten = [a for a in axes if a not in said and site.size(a) != 1]
             site.fixed(forgotten, f"the rule of {node.op_type} leaves it")
         relations += site.relations
@@ -69,6 +77,15 @@ def relate(model: Model, allow_io: Sequence[str] = ()) -> Dependencies:
             if not any(fnmatch.fnmatch(name, pattern) for pattern in allow_io):
                 _fix(relations, model, [name], f"graph {kind} '{name}'")
     return Dependencies(relations, mends, sizes)
+
+
+def _reorder(site: Site, shuffle: Shuffle) -> None:
+    site.fixed([axis for axes in site.x[1:] for axis in axes], "sizes of a Reshape")
+    x, y = site.axes(shuffle.source), site.axes(shuffle.result)
+    site.same_all(x[: shuffle.axis], y[: shuffle.axis])
+    site.same_all(x[shuffle.axis + 1 :], y[shuffle.axis + 1 :])
+    site.take(x[shuffle.axis], y[shuffle.axis], shuffle.order)
+    site.mends.append(Reorder(site.index, x[shuffle.axis], y[shuffle.axis], shuffle.order))
 
 
 def _fix(relations: list[Relation], model: Model, names: Sequence[str], reason: str) -> None:
