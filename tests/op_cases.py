@@ -776,6 +776,22 @@ def recurrent() -> Iterator[Case]:
     yield rows("RNN-state", state, layers, "w1:1=8 start:2=5 w:1=5 w2:0=5", "start:1", inputs="float[4,2,6] x", out=5, joined=False)
 
 
+def pointwise() -> Iterator[Case]:
+    """A window of one place passes the places one by one, a wider one does not."""
+    yield rows("Conv-one-place", "z = Conv (h, wc, bc)", {"wc": (4, 5, 1), "bc": (4,)}, leaves="wc:0 wc:1")
+    yield rows("ConvTranspose-one-place", "z = ConvTranspose (h, wc)", {"wc": (5, 4, 1)}, leaves="wc:0 wc:1")
+    yield rows("AveragePool-one-place", "z = AveragePool <kernel_shape=[1]> (h)")
+    yield rows("Conv-tall", "u = Unsqueeze (h, a) c = Conv <pads=[1,0,1,0]> (u, wc) z = Squeeze (c, a)", {"a": [1], "wc": (1, 1, 3, 1)})
+    for name, text in (
+        ("Conv-three-places", "z = Conv <pads=[1,1]> (h, wc)"),
+        ("Conv-shifted", "z = Conv <pads=[1,-1]> (h, wd)"),
+        ("MaxPool-three-places", "z = MaxPool <kernel_shape=[3], pads=[1,1]> (h)"),
+    ):
+        weights: Weights = {"wc": (4, 5, 3), "wd": (4, 5, 1)}
+        used = {k: w for k, w in weights.items() if f" {k})" in text}
+        yield rows(name, text, used, leaves="w1:1 w2:0", joined=False, runs=name != "Conv-shifted")
+
+
 def idioms() -> Iterator[Case]:
     """What networks write with several operators, where one rule alone would not show a mistake."""
     yield image(
@@ -1155,6 +1171,7 @@ CASES = [
         reductions,
         cuts,
         movement,
+        pointwise,
         idioms,
         run_time_shapes,
         weights_on_their_way,
