@@ -2,6 +2,7 @@
 
 A rule is a plain function that is given a `Site` (one node with its shapes) and says how the axes of the node's inputs and
 outputs relate.  Axes of size above 1 that a rule does not mention are fixed: no rule can leave one free by forgetting it.
+A rule that leaves out an axis of an output does not know what its node does: then all axes of the node are fixed.
 
     @rule("MyScale")                       # a custom operator: y[n, c, …] = x[n, c, …] * scale[c]
     def my_scale(site):

@@ -395,6 +395,25 @@ def test_a_wrong_rule_is_caught_and_its_groups_are_frozen(monkeypatch: pytest.Mo
     assert sizes(result.model)["w3"][0] < 6
 
 
+def test_a_rule_that_leaves_out_an_axis_of_its_result_fixes_the_whole_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that ties the batch and forgets where the channels go: they must not be taken for free on either side."""
+    from onnxprune import relations
+
+    def forgetful(site: relations.Site) -> None:
+        site.same(site.x[0][0], site.y[0][0])
+        site.product([site.x[0][1]], [site.x[0][1]])
+
+    monkeypatch.setitem(relations._RULES, "CumSum", forgetful)
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[N, 4] x) => (float[N, 3] y)
+        <int64[1] axis = {1}> { h = MatMul(x, w1) c = CumSum(h, axis) r = Relu(c) k = MatMul(r, w2) s = Relu(k) y = MatMul(s, w3) }"""
+    model = onnx.parser.parse_model(text)
+    for name, shape in (("w1", (4, 8)), ("w2", (8, 6)), ("w3", (6, 3))):
+        model.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
+    claimed = onnxprune.groups(model, verify=False)
+    assert {(m.tensor, m.axis) for g in claimed.groups for m in g.members} == {("w2", 1), ("w3", 0)}
+    assert {(t, a) for t, a, reason in claimed.fixed if "CumSum leaves out" in reason} == {("w1", 1), ("w2", 0)}
+
+
 def test_a_branch_that_does_not_reach_the_output_is_not_exercised() -> None:
     model = two_layers()
     zero = numpy_helper.from_array(np.zeros((8, 3), np.float32), "w2")

@@ -110,12 +110,14 @@ def resize(site: Site) -> None:
 @rule("GridSample")
 def grid_sample(site: Site) -> None:
     site.same_all(site.x[0][:2], site.y[0][:2])
+    site.fixed([*site.x[0][2:], *site.x[1], *site.y[0][2:]], "spatial axis")
 
 
 @rule("Shape", "Size")
 def shape(site: Site) -> None:
     """What becomes of the numbers is followed by folding; the sizes themselves may change."""
     site.product(site.x[0], site.x[0]) if site.x[0] else None
+    site.fixed([a for axes in site.y for a in axes], "a list of sizes")
 
 
 @rule("ConstantOfShape")
