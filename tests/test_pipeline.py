@@ -359,16 +359,25 @@ def test_a_rule_that_only_holds_at_one_size_is_caught(monkeypatch: pytest.Monkey
         site.same(site.x[0][1], site.y[0][1])
 
     monkeypatch.setitem(relations._RULES, "Slice", careless)
-    monkeypatch.setattr(certificate, "_exercised", lambda bench, groups, *rest: (tuple(g.id for g in groups), (), ()))
+    monkeypatch.setattr(certificate, "_exercised", lambda bench, grouping, *rest: (tuple(g.id for g in grouping.groups), (), ()))
     text = f"""<ir_version: 8, opset_import: ["": 17]> g (float[N, T, 4] x) => (float[N, T, 3] y) <int64[1] zero = {{0}}>
         {{ n = Shape <start=1, end=2> (x) {TABLES["slice"]} h = MatMul (x, w1) a = Add (h, p) r1 = Relu (a) y = MatMul (r1, w2) }}"""
     model = onnx.parser.parse_model(text)
     rng = np.random.default_rng(0)
     for name, shape in (("w1", (4, 8)), ("table", (64, 8)), ("w2", (8, 3))):
         model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
-    with pytest.raises(onnxprune.OnnxPruneError) as caught:
-        onnxprune.prune(model, 0.9, of="channels", min_keep=1)
+    claimed = onnxprune.plan(model, 0.9, of="channels", min_keep=1, verify=False)
+    wrong = {g.id for g in claimed.groups if any((m.tensor, m.axis) == ("table", 0) for m in g.members)}
+    assert wrong
+    with pytest.raises(onnxprune.OnnxPruneError, match="'table'") as caught:
+        onnxprune.apply(model, claimed, verify=True)
     assert caught.value.exit_code == 4
+    result = onnxprune.prune(model, 0.4, of="channels", min_keep=1)
+    assert sizes(result.model)["table"] == [64, sizes(result.model)["w1"][1]]
+    assert sizes(result.model)["w1"][1] < 8
+    assert result.proof is not None
+    assert set(result.proof.frozen) == wrong
+    assert run(result.model, x=np.zeros((3, 50, 4), np.float32))[0].shape == (3, 50, 3)
 
 
 # --- the proof ------------------------------------------------------------------------------------------------------
