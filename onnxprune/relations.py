@@ -73,7 +73,8 @@ class Mend:
     where: an input's position or an attribute's name; amounts: {flat element: axes whose sizes it adds up}.  With `take`,
     the input holds indices into the axis take[0] that make the axes take[1:].  An element in `when` is mended
     wherever that axis changes (a bound counted from the end), others where their amount changes.  With `keep`, the missing
-    attribute gets that value where the axis when[0] changes: a default that would follow the size.
+    attribute or input gets that value where the axis when[0] changes: a default that would follow the size; numbers only where
+    one of the axes in `when` becomes 1.
     """
 
     node: int
@@ -81,7 +82,7 @@ class Mend:
     amounts: Mapping[int, tuple[Axis, ...]] = field(default_factory=dict)
     when: Mapping[int, Axis] = field(default_factory=dict)
     take: tuple[Axis, ...] | None = None
-    keep: float | None = None
+    keep: float | tuple[int, ...] | None = None
 
 
 class Site:

@@ -79,6 +79,18 @@ def test_what_the_rewriter_cannot_do_stays_and_the_rest_is_planned_again(monkeyp
     assert caught.value.exit_code == 4
 
 
+@pytest.mark.parametrize("opset", [11, 17])
+@pytest.mark.parametrize("shape", [(1, 5, 6), (5, 4, 6)])
+def test_squeeze_does_not_take_an_axis_that_pruning_made_one(shape: tuple[int, ...], opset: int) -> None:
+    dims = ",".join(map(str, shape))
+    body = "h = MatMul (x, w1) r = Relu (h) s = Squeeze (r) y = MatMul (s, w2)"
+    model = build(f"float[{dims}] x", body, "float y", {"w1": (6, 2), "w2": (2, 3)}, opset)
+    result = onnxprune.prune(model, 0.5, of="channels", min_keep=1)
+    assert [t.dims[1] for t in result.model.graph.initializer if t.name == "w1"] == [1]
+    feeds = feeds_of(model)
+    assert distance(run(masked(model, result.plan.to_json()), feeds), run(result.model, feeds)) < 1e-5
+
+
 CHAOS = " ".join(f"m{i} = Mul (x{i}, o{i}) x{i + 1} = Mul (four, m{i}) o{i + 1} = Sub (one, x{i + 1})" for i in range(13))
 
 
