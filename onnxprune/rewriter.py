@@ -308,7 +308,7 @@ def _assemble(model: Model, widths: Widths, editor: _Editor) -> ModelProto:
     graph.node.extend(reversed(alive))
     for tensor in source.graph.initializer:
         if tensor.name in needed:
-            graph.initializer.append(editor.tensors[tensor.name])
+            graph.initializer.add().CopyFrom(editor.tensors[tensor.name])  # append copies twice
     graph.initializer.extend(t for t in editor.added if t.name in needed)
     made = {o for n in alive for o in n.output}
     for values, target in ((source.graph.input, graph.input), (source.graph.output, graph.output)):
