@@ -19,6 +19,7 @@ from onnxprune.criteria import criterion as criteria
 from onnxprune.errors import OnnxPruneError, ProofError
 from onnxprune.grouping import Grouping, group, without
 from onnxprune.importer import Model, load
+from onnxprune.moves import Moves
 from onnxprune.plans import Plan, match, read_plan
 from onnxprune.rewriter import rewrite
 from onnxprune.verification import check_model, compare, prove_surgery
@@ -214,7 +215,8 @@ def verify(
             raise OnnxPruneError("the model has no groups; there is nothing to prove", 3)
         if pruned is None:
             return result.proof
-        return replace(result.proof, matches=compare(bench, result.model, load(pruned).proto))
+        moves = Moves(result.plan.grouping, after=result.plan.remove)
+        return replace(result.proof, matches=compare(bench, result.model, load(pruned).proto, moves))
     found = group(_load(model, feeds, input_shapes, progress), allow_io)
     _some(found)
     _, proof, bench = certify(found, feeds, seed, progress=progress)

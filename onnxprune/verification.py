@@ -137,8 +137,8 @@ def _infer_strictly(proto: ModelProto) -> None:
     onnx.shape_inference.infer_shapes(proto, strict_mode=True)
 
 
-def compare(bench: Bench, expected: ModelProto, given: ModelProto) -> float:
-    """How far a model's outputs are from those of what the plan leaves.
+def compare(bench: Bench, expected: ModelProto, given: ModelProto, moves: Moves) -> float:
+    """How far a model's outputs are from those of what the plan leaves; moves: what inputs that may shrink lose.
 
     Raises OnnxPruneError (exit code 4) where its tensors have other names or shapes, or its interface differs.
     """
@@ -147,7 +147,7 @@ def compare(bench: Bench, expected: ModelProto, given: ModelProto) -> float:
         if shapes[1].get(name) != shape:
             found = list(shapes[1][name]) if name in shapes[1] else "missing"
             raise OnnxPruneError(f"'{name}' is {found} in the pruned model; the plan leaves {list(shape)}", 4)
-    return distance(check_model(bench, expected), check_model(bench, given))
+    return distance(check_model(bench, expected, moves), check_model(bench, given, moves))
 
 
 def session_of_original(bench: Bench) -> None:

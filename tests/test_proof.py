@@ -126,6 +126,7 @@ def test_inputs_and_outputs_that_may_shrink_are_proven_too() -> None:
     assert result.proof.proven == (0,)
     assert result.proof.masked is not None
     assert result.proof.masked < 1e-3
+    assert onnxprune.verify(model, result.model, result.plan).matches == 0
     kept = np.delete(np.arange(8), result.plan.remove[0])
     feeds = feeds_of(model)
     whole = run(masked(model, result.plan.to_json()), feeds)
