@@ -42,6 +42,7 @@ class Model:
     outputs: tuple[str, ...]
     input_shapes: Mapping[str, Shape]
     _arrays: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    sums: dict[tuple[str, int, int], np.ndarray] = field(default_factory=dict, repr=False)  # of criteria: tensor, axis, power
 
     def array(self, tensor: str) -> np.ndarray:
         """The values of an initializer or Constant, read when first asked for."""
