@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from onnxprune.allocations import Limits, check_budget, check_ratio, choose
+from onnxprune.allocations import Choice, Limits, check_budget, check_ratio, choose
 from onnxprune.allocations import allocation as allocations
-from onnxprune.certificate import Bench, Proof, certify
-from onnxprune.cost import counter
+from onnxprune.branches import with_branches
+from onnxprune.certificate import Bench, Proof, certify, prepare
+from onnxprune.cost import Cuts, counter
 from onnxprune.criteria import criterion as criteria
+from onnxprune.depth import Blocks, at_granularity, check_granularity, mixed
+from onnxprune.equivalence import influences
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Grouping, group
 from onnxprune.importer import Model, load
@@ -65,11 +68,11 @@ def groups(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Grouping:
-    """The groups of coupled units of a model, certified on it, and what is fixed and why.
+    """The groups of coupled units of a model and its residual branches, certified on it, and what is fixed and why.
 
     Raises OnnxPruneError for bad input (exit code 2) and where onnxruntime cannot run the model (4).
     """
-    found = group(_load(model, feeds, input_shapes, progress), allow_io)
+    found = with_branches(group(_load(model, feeds, input_shapes, progress), allow_io))
     return certify(found, feeds, seed, progress=progress)[0] if verify and found.groups else found
 
 
@@ -83,6 +86,7 @@ def prune(
     ratio: float,
     *,
     of: str = "macs",
+    granularity: str = "channel",
     criterion: str = "l2",
     allocation: str = "uniform",
     scope: Sequence[str] = (),
@@ -99,8 +103,11 @@ def prune(
 ) -> Result:
     """Remove `ratio` of a budget (`macs`, `params` or `channels`) and prove that the surgery was right.
 
+    granularity: `channel` (all widths, heads too), `head` (whole attention heads alone), `block` (whole residual branches) or
+    `all`: branches first where that changes the outputs less, then channels.  criterion and allocation are about widths:
+    branches go by how much the outputs change without them, for what they cost (`random`: by chance).
     scope, exclude, layer_ratios: globs over node and tensor names.  min_keep: units (or, below 1, the share) that every
-    group keeps.  Groups that the inputs do
+    group keeps, residual branches apart.  Groups that the inputs do
     not exercise stay whole.  align: kept units are a multiple of it.  Deterministic for a seed.
 
     Raises OnnxPruneError for bad input (exit code 2), where nothing can be pruned (3) and where the proof fails (4).
@@ -110,13 +117,15 @@ def prune(
     """
     check_ratio(ratio)
     check_budget(of)
+    check_granularity(granularity)
     score, _ = criteria.get(criterion), allocations.get(allocation)
     if min_keep < 0:
         raise OnnxPruneError(f"min-keep is {min_keep}; it is a share below 1 or a number of units, 0 at least")
     if align < 1:
         raise OnnxPruneError(f"align is {align}; it is a number of units, 1 at least")
     loaded = _load(model, feeds, input_shapes, progress)
-    grouping, proof, bench = _certified(group(loaded, allow_io), feeds, seed, verify, progress)
+    found = at_granularity(group(loaded, allow_io), granularity)
+    grouping, proof, bench = _certified(found, feeds, seed, verify, progress)
     _some(grouping)
     names = _names(grouping)
     chosen = {g.id for g in grouping.groups}
@@ -136,13 +145,33 @@ def prune(
     if not chosen:
         raise OnnxPruneError(f"{loaded.name}: no group is left to prune; widen --scope or --exclude less", 3)
     _say(progress, f"scoring {len(chosen)} groups")
-    scores = {g.id: score(loaded, g, np.random.default_rng([seed, g.id])) for g in grouping.groups if g.id in chosen}
-    choice = choose(grouping, scores, ratio, of, allocation, Limits(min_keep, align), shares)
+    scores = {g.id: score(loaded, g, np.random.default_rng([seed, g.id])) for g in grouping.groups if g.id in chosen and g.branch is None}
+
+    def widths(cut: Sequence[int] = ()) -> Choice:
+        dead = Cuts(grouping).dead(cut)
+        alive = {g.id for g in grouping.groups if not dead or any(m.tensor not in dead for m in g.members)}
+        left = {g: s for g, s in scores.items() if g in alive}
+        return choose(grouping, left, ratio, of, allocation, Limits(min_keep, align), {g: shares[g] for g in left if g in shares}, cut)
+
+    branches = [g for g in grouping.groups if g.id in chosen and g.branch is not None]
+    if branches:
+        _say(progress, f"choosing among {len(branches)} branches")
+        bench_ = bench or prepare(grouping, feeds, seed)
+        lost = dict(proof.influence) if proof else influences(bench_, branches)
+        if criterion == "random":
+            lost = {b.id: float(np.random.default_rng([seed, b.id]).random()) for b in branches}
+        blocks = Blocks(grouping, {b.id: lost[b.id] for b in branches}, of, shares)
+        choice = mixed(bench_, grouping, ratio, blocks.prefixes(ratio), widths) if scores else blocks.closest(ratio)
+    else:
+        choice = widths()
+    if not choice.remove and not scores:
+        raise OnnxPruneError(f"{loaded.name}: to cut none of its branches is closest to {ratio:.1%} of {of}; ask for more", 3)
     if not choice.remove:
         raise OnnxPruneError(f"{loaded.name}: nothing can go within --min-keep {min_keep:g} and --align {align}; ask for less of them", 3)
     options = {
         "ratio": ratio,
         "of": of,
+        "granularity": granularity,
         "criterion": criterion,
         "allocation": allocation,
         "scope": list(scope),
@@ -198,7 +227,7 @@ def verify(
         if pruned is None:
             return result.proof
         return replace(result.proof, matches=compare(bench, result.model, load(pruned).proto))
-    found = group(_load(model, feeds, input_shapes, progress), allow_io)
+    found = with_branches(group(_load(model, feeds, input_shapes, progress), allow_io))
     _some(found)
     _, proof, bench = certify(found, feeds, seed, progress=progress)
     if pruned is not None:
@@ -224,7 +253,10 @@ def _apply(
         if feeds or input_shapes or not planned:
             raise
         loaded = _load(model, None, None, progress)  # the plan's shapes do not fit: `match` says what else does not
-    made = match(group(loaded, options.get("allow_io") or ()), content)
+    found = group(loaded, options.get("allow_io") or ())
+    if any(entry["units"] == 1 and entry.get("remove") for entry in content["groups"]):
+        found = with_branches(found)
+    made = match(found, content)
     proof, bench = None, None
     if verify:
         grouping, proof, bench = _certified(made.grouping, feeds, seed, True, progress)
@@ -264,12 +296,16 @@ def _some(grouping: Grouping) -> None:
 
 
 def _names(grouping: Grouping) -> dict[int, set[str]]:
-    """For each group its tensors and the nodes that read them."""
+    """For each group its tensors and the nodes that read them; for a residual branch all that is in it, and its Add."""
     readers: dict[str, set[str]] = {}
     for node in grouping.model.nodes:
         for name in node.input:
             readers.setdefault(name, set()).update({node.name, *node.output} - {""})
-    return {g.id: set().union(*({m.tensor} | readers.get(m.tensor, set()) for m in g.members)) for g in grouping.groups}
+    names = {g.id: set().union(*({m.tensor} | readers.get(m.tensor, set()) for m in g.members)) for g in grouping.groups}
+    for branch, own in ((g.branch, names[g.id]) for g in grouping.groups if g.branch is not None):
+        inside = branch.dead | {branch.output}
+        own |= inside | {n.name for n in grouping.model.nodes if inside.intersection(n.output)} - {""}
+    return names
 
 
 def _matching(names: Mapping[int, set[str]], patterns: Sequence[str], option: str, model: Model) -> set[int]:

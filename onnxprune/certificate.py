@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxprune.equivalence import UNSEEN, certify_blocks, influences
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Group, Grouping, Member, without
 from onnxprune.importer import FLOATS, Model
@@ -31,7 +32,8 @@ class Proof:
     proven, unexercised, unchecked: group ids.  frozen: {id of a group that failed: why}.
     commuting, masked: gaps of the pruned model, None where there was nothing to compare; statistics: groups that lose units
     and change a mean, variance, maximum or softmax, for which masking does not apply.  matches: how far a given model is
-    from what the plan leaves; infinite where its weights were trained on.
+    from what the plan leaves; infinite where its weights were trained on.  influence: {id of a residual branch: how much the
+    outputs change without it, see `equivalence.influences`}.
     """
 
     rounding: float
@@ -45,6 +47,7 @@ class Proof:
     masked: float | None = None
     statistics: tuple[int, ...] = ()
     matches: float | None = None
+    influence: Mapping[int, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {k: (list(v) if isinstance(v, tuple) else v) for k, v in vars(self).items()}
@@ -64,6 +67,10 @@ class Bench:
     reference: Arrays
     rounding: float
     elsewhere: Arrays | None = None
+
+    @property
+    def watch(self) -> list[str]:
+        return behind_integers(self.model)
 
     @property
     def tolerance(self) -> float:
@@ -201,27 +208,36 @@ def permuted(arrays: Arrays, groups: Sequence[Group], seed: int = 1, omit: Membe
 def certify(
     grouping: Grouping, feeds: Arrays | None = None, seed: int = 0, seconds: float = 60.0, progress: Progress | None = None
 ) -> tuple[Grouping, Proof, Bench]:
-    """Prove every group by permutation; groups that fail are frozen in the grouping that is returned.
+    """Prove every group by permutation, and every residual branch by masking; what fails is frozen in the grouping returned.
 
     seconds: how long the check that each group was exercised may take; what is left then is unchecked, and said so.
     """
     say = progress or (lambda text: None)
-    say(f"permuting {len(grouping.groups)} groups")
+    groups = [g for g in grouping.groups if g.branch is None]
+    blocks = [g for g in grouping.groups if g.branch is not None]
+    say(f"permuting {len(groups)} groups")
     bench = prepare(grouping, feeds, seed)
     failed: dict[int, str] = {}
-    groups = list(grouping.groups)
     worst = 0.0
     for round_seed in (seed + 1, seed + 2):
         gap, wrong = _search(bench, groups, round_seed, say)
         failed |= wrong
         groups = [g for g in groups if g.id not in failed]
         worst = max(worst, gap)
+    bench = replace(bench, elsewhere=_other_sizes(bench, seed))
+    if blocks:
+        say(f"cutting {len(blocks)} branches")
+        failed |= certify_blocks(bench, grouping, blocks, say)
+        blocks = [b for b in blocks if b.id not in failed]
     certified = without(grouping, failed) if failed else grouping
     say(f"checking that {len(groups)} groups are exercised")
     proven, idle, open_ = _exercised(bench, groups, seed + 1, seconds, worst)
-    names = {m.tensor for g in groups for m in g.members}
-    bench = replace(bench, arrays={k: v for k, v in bench.arrays.items() if k in names}, elsewhere=_other_sizes(bench, seed))
-    return certified, Proof(bench.rounding, bench.tolerance, worst, proven, idle, open_, failed), bench
+    influence = influences(bench, blocks)
+    proven += tuple(i for i, lost in influence.items() if lost > UNSEEN)
+    idle += tuple(i for i, lost in influence.items() if lost <= UNSEEN)
+    names = {m.tensor for g in (*groups, *blocks) for m in g.members}
+    bench = replace(bench, arrays={k: v for k, v in bench.arrays.items() if k in names})
+    return certified, Proof(bench.rounding, bench.tolerance, worst, proven, idle, open_, failed, influence=influence), bench
 
 
 def _search(bench: Bench, groups: list[Group], seed: int, say: Progress) -> tuple[float, dict[int, str]]:

@@ -189,6 +189,7 @@ def _masked(bench: Bench, grouping: Grouping, remove: Mapping[int, np.ndarray]) 
             search(part[len(part) // 2 :])
 
     losing = [g for g in grouping.groups if len(remove.get(g.id, ())) and not g.statistics]
+    losing.sort(key=lambda g: g.branch is None)  # branches have no other proof, so they are the last to be doubted
     search(losing)
     while marked and (rest := [g for g in losing if g.id not in marked]):
         whole = gap(rest)
@@ -196,6 +197,11 @@ def _masked(bench: Bench, grouping: Grouping, remove: Mapping[int, np.ndarray]) 
             worst = whole
             break
         marked |= {g.id for g in rest[len(rest) * 3 // 4 :]}
+    for branch in (g.branch for g in losing if g.id in marked and g.branch is not None):
+        raise OnnxPruneError(
+            f"the pruned model failed its proof: cutting the branch at '{branch.output}' is not the same as zeros in it; nothing is written",
+            4,
+        )
     if marked:
         grouping = replace(grouping, groups=tuple(replace(g, statistics=g.statistics or g.id in marked) for g in grouping.groups))
     return grouping, worst if any(g.id not in marked for g in losing) else None
