@@ -100,10 +100,9 @@ class _Finder:
         return max(found, key=lambda one: sum(self.macs.get(v, 0) for v in one[0].dead), default=None)
 
     def _residual(self, inside: Sequence[NodeProto], trunk: str, dead: frozenset[str]) -> bool:
-        """Whether the branch starts from the trunk, or from what the trunk is computed from."""
-        outside = {name for node in inside for name in self.liveness.inputs(node)} - dead - self.constant
-        past = self.above.get(trunk, 0)
-        return any(self.above.get(name, 0) | past == past for name in outside if name in self.above)
+        """Whether the branch and the trunk start from the same data."""
+        outside = {name for node in inside for name in self.liveness.inputs(node)} - dead
+        return any(self.above.get(name, 0) & self.above.get(trunk, 0) for name in outside)
 
     def _zeroing(self, operand: str, inside: Sequence[NodeProto], dead: frozenset[str]) -> Tensors | None:
         """The tensors whose zeros make the operand zero whatever the input; none of them is read outside of the branch."""
@@ -145,6 +144,8 @@ class _Finder:
             return known.get(inputs[1])  # a scale of zero
         if op in _SUMS:
             return every(inputs)
+        if op == "Div" and inputs[1] in self.constant and inputs[1] not in self.model.tensors:
+            return None  # a weight divided by its own norm
         return known.get(inputs[0]) if op in _KEEPS_ZERO and inputs else None
 
 

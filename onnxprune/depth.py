@@ -84,7 +84,7 @@ class Blocks:
             if miss(best) >= miss(cut):
                 break
             cut = best
-        return Choice({b: WHOLE for b in sorted(cut)}, self.reached(cut))
+        return Choice(dict.fromkeys(sorted(cut), WHOLE), self.reached(cut))
 
     def prefixes(self, ratio: float) -> list[list[int]]:
         """A few numbers of branches, from none to as many as the budget holds, each the cheapest."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from onnx import ModelProto
 
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Group, Grouping
@@ -35,7 +36,7 @@ def certify_blocks(bench: Bench, grouping: Grouping, blocks: Sequence[Group], sa
     def gap(part: Sequence[Group]) -> float:
         worst = 0.0
         try:
-            cut = Runner(rewrite(grouping, {b.id: WHOLE for b in part}), watch=bench.watch)
+            cut = _open(bench, rewrite(grouping, {b.id: WHOLE for b in part}))
             for feeds in (bench.feeds, bench.elsewhere):
                 if feeds is not None:
                     masked = bench.runner.run(feeds, without_members(bench, part))
@@ -58,6 +59,12 @@ def certify_blocks(bench: Bench, grouping: Grouping, blocks: Sequence[Group], sa
     for level in levels(blocks):
         search(level)
     return failed
+
+
+def _open(bench: Bench, cut: ModelProto) -> Runner:
+    """The cut model with the same tensors open as the original's: a constant weight may go another way, and round otherwise."""
+    left = {t.name for t in cut.graph.initializer} | {n.output[0] for n in cut.graph.node if n.op_type == "Constant"}
+    return Runner(cut, left & set(bench.arrays), watch=bench.watch)
 
 
 def levels(blocks: Sequence[Group]) -> list[list[Group]]:

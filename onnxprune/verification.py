@@ -199,7 +199,8 @@ def _masked(bench: Bench, grouping: Grouping, remove: Mapping[int, np.ndarray]) 
         marked |= {g.id for g in rest[len(rest) * 3 // 4 :]}
     for branch in (g.branch for g in losing if g.id in marked and g.branch is not None):
         raise OnnxPruneError(
-            f"the pruned model failed its proof: cutting the branch at '{branch.output}' is not the same as zeros in it; nothing is written",
+            f"the pruned model failed its proof: cutting the branch at '{branch.output}' is not the same as zeros in it; "
+            "nothing is written",
             4,
         )
     if marked:
