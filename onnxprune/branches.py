@@ -22,7 +22,7 @@ Tensors = dict[str, None]  # in the order found
 
 # operators whose result is zero where their first input is
 _KEEPS_ZERO = {
-    *("Abs", "Asin", "Asinh", "Atan", "AveragePool", "Cast", "Ceil", "Celu", "DepthToSpace", "Div", "Dropout", "Elu", "Erf", "Expand"),
+    *("Abs", "Asin", "Asinh", "Atan", "AveragePool", "Cast", "Ceil", "Celu", "DepthToSpace", "Dropout", "Elu", "Erf", "Expand"),
     *("Flatten", "Floor", "Gather", "Gelu", "GlobalAveragePool", "GlobalMaxPool", "HardSwish", "Identity", "LeakyRelu", "MaxPool"),
     *("Mish", "Neg", "PRelu", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu", "Reshape", "Round", "Selu", "Sign", "Sin"),
     *("Sinh", "Slice", "Softsign", "SpaceToDepth", "Split", "Sqrt", "Squeeze", "Tan", "Tanh", "Tile", "Transpose", "Unsqueeze"),
@@ -54,6 +54,7 @@ class _Finder:
         self.macs = {where: count(model, [(factor, axes, where)]) for factor, axes, where in mac_terms(model)}
         self.outward: dict[str, int] = {}  # for a layer's weight, the axis that it does not sum over
         self.constant = set(model.tensors) - self.liveness.defaults
+        self.roots: dict[str, frozenset[str]] = {}  # of a constant that nodes compute, the tensors that it comes from
         self.above = {name: 1 << i for i, name in enumerate(model.inputs)}  # bit i: value i is this one or an ancestor of it
         for node in model.nodes:
             self._place(node)
@@ -66,6 +67,7 @@ class _Finder:
         reads, outs = self.liveness.inputs(node), [out for out in node.output if out]
         if node.op_type in ("Shape", "Size") or all(name in self.constant for name in reads):
             self.constant.update(outs)
+            self.roots.update(dict.fromkeys(outs, frozenset[str]().union(*(self.roots.get(x, frozenset((x,))) for x in reads))))
             return
         past = 0
         for name in reads:
@@ -130,10 +132,15 @@ class _Finder:
 
         if op in _BIASED:
             return every(inputs[1:]) if inputs[1] in self.constant else None
-        if op in ("MatMul", "Einsum", "Mul"):  # LayerScale and gates multiply what may be zero by itself
-            factors = sorted(inputs, key=lambda name: (name in self.constant) == (op == "Mul"))
-            usable = factors if op == "Mul" else [name for name in factors if name in self.constant]
-            return next((known[name] for name in usable if name in known), None)
+        if op in ("MatMul", "Einsum"):
+            return next((known[name] for name in inputs if name in known and name in self.constant), None)
+        if op in ("Mul", "Div"):  # LayerScale and gates multiply what may be zero by itself
+            factors = sorted(inputs, key=lambda name: name in self.constant) if op == "Mul" else inputs[:1]
+            for name in factors:
+                others = frozenset[str]().union(*(self.roots.get(x, frozenset()) for x in inputs if x != name))
+                if name in known and not others.intersection(known[name]):  # a weight over its own norm is not zero
+                    return known[name]
+            return None
         if op in _NORMS and len(node.output) == 1 and not attributes(node).get("training_mode"):
             affine = every(inputs[1:3])
             return (every(inputs[:1]) or {}) | affine if affine else None
@@ -144,8 +151,6 @@ class _Finder:
             return known.get(inputs[1])  # a scale of zero
         if op in _SUMS:
             return every(inputs)
-        if op == "Div" and inputs[1] in self.constant and inputs[1] not in self.model.tensors:
-            return None  # a weight divided by its own norm
         return known.get(inputs[0]) if op in _KEEPS_ZERO and inputs else None
 
 

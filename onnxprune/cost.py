@@ -128,12 +128,17 @@ class Cuts:
     def __init__(self, grouping: Grouping) -> None:
         self._branches = {g.id: g.branch for g in grouping.groups if g.branch is not None}
         self._liveness = Liveness(grouping.model) if self._branches else None
+        self._last: tuple[frozenset[int], frozenset[str]] = (frozenset(), frozenset())
 
     def among(self, kept: Mapping[int, int]) -> frozenset[int]:
         return frozenset(g for g in self._branches if kept.get(g) == 0)
 
     def dead(self, cut: Iterable[int]) -> frozenset[str]:
-        return self._liveness.without([self._branches[g] for g in cut]) if self._liveness else frozenset()
+        """The values and tensors that nothing reads without these branches."""
+        cut = frozenset(cut)
+        if cut != self._last[0] and self._liveness is not None:
+            self._last = cut, self._liveness.without([self._branches[g] for g in cut])
+        return self._last[1]
 
 
 def counter(grouping: Grouping, of: str) -> Counter | _Units:

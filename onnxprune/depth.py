@@ -87,12 +87,13 @@ class Blocks:
         return Choice(dict.fromkeys(sorted(cut), WHOLE), self.reached(cut))
 
     def prefixes(self, ratio: float) -> list[list[int]]:
-        """A few numbers of branches, from none to as many as the budget holds, each the cheapest."""
+        """A few numbers of branches, from none to as many as the budget holds, each the cheapest; and those that meet it alone."""
         most = 0
-        while most < len(self.free) and self.reached([*self.given, *self.free[: most + 1]]) <= ratio:
+        while most < len(self.free) and self.reached([*self.given, *self.free[: most + 1]]) <= ratio + POINT:
             most += 1
-        numbers = sorted({round(k) for k in np.linspace(0, most, MIXES)})
-        return [[*self.given, *self.free[:k]] for k in numbers]
+        found = [[*self.given, *self.free[:k]] for k in sorted({round(k) for k in np.linspace(0, most, MIXES)})]
+        alone = self.closest(ratio)
+        return [*found, sorted(alone.remove)] if abs(alone.reached - ratio) <= POINT else found
 
 
 def mixed(

@@ -91,11 +91,13 @@ def show_proof(console: Console, proof: Proof | None) -> None:
     if proof is None:
         console.print("[yellow]not verified[/]")
         return
-    count = len(proof.proven) + len(proof.unexercised) + len(proof.unchecked)
+    count = len(proof.proven) + len(proof.unexercised) + len(proof.unchecked) - len(proof.influence)
     console.print(
         f"proof: {count} groups permuted, outputs move by {proof.permutation:.1e} standard deviations "
         f"(rounding {proof.rounding:.1e}, allowed {proof.tolerance:.1e})"
     )
+    if proof.influence:
+        console.print(f"  {len(proof.influence)} residual branches: cutting them is the same as zeros in their last projections")
     for text, ids in (
         ("kept whole, as these inputs do not exercise them", proof.unexercised),
         ("left unchecked for time whether they are exercised", proof.unchecked),

@@ -72,6 +72,13 @@ CASES: dict[str, Case] = {
         MLP | {"g": (6,)},
         {"y": {"g", "b2"}},
     ),
+    "a weight by its gain over its norm": (
+        ROWS,
+        f"l = ReduceL2<axes=[0]>(w2)  d = Div(g, l)  w = Mul(w2, d)  {HIDDEN.replace('MatMul(h, w2)', 'MatMul(h, w)')}  y = Add(x, p)",
+        "float y",
+        MLP | {"g": (6,)},
+        {"y": {"g", "b2"}},
+    ),
     "rows and back": (
         ROWS,
         "r = Reshape(x, flat)  h = Gemm<transB=1>(r, w1, b1)  a = Tanh(h)  p = Gemm(a, w2, b2)  s = Reshape(p, back)  y = Add(s, x)",
@@ -132,7 +139,8 @@ CASES: dict[str, Case] = {
     "no layer": (ROWS, "p = Mul(x, g)  q = Relu(p)  y = Add(x, q)", "float y", {"g": (6,)}, {}),
     "read in a body": (
         ROWS,
-        f"{HIDDEN}  y = Add(x, p)  v = If (t) <then_branch = a () => (float[N,5,6] o) {{ o = Neg(p) }}, else_branch = b () => (float[N,5,6] o2) {{ o2 = Abs(p) }}>",
+        f"{HIDDEN}  y = Add(x, p)  v = If (t) <then_branch = a () => (float[N,5,6] o) {{ o = Neg(p) }},"
+        "else_branch = b () => (float[N,5,6] o2) { o2 = Abs(p) }>",
         "float y, float v",
         MLP | {"t": np.array(True)},
         {},
@@ -235,7 +243,8 @@ def test_blocks_of_a_transformer_are_attention_and_mlp() -> None:
 def test_the_branch_that_matters_less_goes_first() -> None:
     """Two branches of one cost, one of them all but zero."""
     weights = {f"{k}{i}": (8, 8) for k in "ab" for i in (1, 2)} | {"head": (8, 3)}
-    body = "h = MatMul(x, a1)  r = Relu(h)  p = MatMul(r, a2)  m = Add(x, p)  h2 = MatMul(m, b1)  r2 = Relu(h2)  p2 = MatMul(r2, b2)  n = Add(m, p2)  y = MatMul(n, head)"
+    body = """h = MatMul(x, a1)  r = Relu(h)  p = MatMul(r, a2)  m = Add(x, p)
+        h2 = MatMul(m, b1)  r2 = Relu(h2)  p2 = MatMul(r2, b2)  n = Add(m, p2)  y = MatMul(n, head)"""
     for small, kept in (("a2", "b2"), ("b2", "a2")):
         model = build("float[N,8] x", body, "float y", weights)
         tensor = tensors(model)[small]
