@@ -67,7 +67,8 @@ class _Finder:
         reads, outs = self.liveness.inputs(node), [out for out in node.output if out]
         if node.op_type in ("Shape", "Size") or all(name in self.constant for name in reads):
             self.constant.update(outs)
-            self.roots.update(dict.fromkeys(outs, frozenset[str]().union(*(self.roots.get(x, frozenset((x,))) for x in reads))))
+            roots = frozenset[str]().union(*(self.roots.get(x, frozenset((x,))) for x in reads))
+            self.roots.update((out, roots or frozenset((out,))) for out in outs)
             return
         past = 0
         for name in reads:
