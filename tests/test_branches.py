@@ -115,6 +115,13 @@ CASES: dict[str, Case] = {
         CONV | {"k3": (6, 6, 1, 1), "k4": (6, 6, 1, 1), "k5": (6, 6, 1, 1), "full": [1, 6, 5, 5]},
         {"j": {"k5"}, "y": {"k3", "c2"}},
     ),
+    "branches that share a layer": (
+        ROWS,
+        "h = MatMul(x, w1)  p = MatMul(h, w2)  s = Add(x, p)  q = MatMul(h, w3)  y = Add(q, s)",
+        "float y",
+        {"w1": (6, 10), "w2": (10, 6), "w3": (10, 6)},
+        {"s": {"w2"}, "y": {"w3"}},
+    ),
     "parallel branches": (
         ROWS,
         f"{HIDDEN}  q = MatMul(x, w3)  s = Add(q, p)  y = Add(s, x)",
