@@ -88,10 +88,12 @@ def choose(
     rule: str = "uniform",
     limits: Limits | None = None,
     shares: Mapping[int, float] | None = None,
+    cut: Sequence[int] = (),
 ) -> Choice:
     """The lowest-scored units of each group, so many that `ratio` of the budget goes.
 
-    shares: {group: share} of groups whose ratio the user gave.  Where the budget is out of reach, the closest is returned.
+    shares: {group: share} of groups whose ratio the user gave; cut: residual branches that go as well.  Where the budget is out
+    of reach, the closest is returned.
     """
     limits, shares = limits or Limits(), dict(shares or {})
     units = {g.id: g.units for g in grouping.groups}
@@ -99,6 +101,7 @@ def choose(
     whole = cost({})
     second = secondary(grouping)
     share_of = allocation.get(rule)
+    gone = dict.fromkeys(cut, 0)
 
     def kept_at(strength: float, only: set[int]) -> dict[int, int]:
         free = {g: s for g, s in scores.items() if g in only and g not in shares}
@@ -106,7 +109,7 @@ def choose(
         return {g: limits.kept(units[g], wanted[g]) for g in wanted}
 
     def reached(kept: Mapping[int, int]) -> float:
-        return 1 - cost(kept) / whole if whole else 0.0
+        return 1 - cost({**kept, **gone}) / whole if whole else 0.0
 
     first = {g for g in scores if g not in second}
     for only in (first, set(scores)):
@@ -126,7 +129,7 @@ def choose(
             break
     best = _between(low, high, lambda kept: reached(kept) - ratio)
     best = _nudge(best, units, limits, lambda kept: reached(kept) - ratio, set(only) - set(shares))
-    remove = {}
+    remove = {b: np.zeros(1, np.int64) for b in cut}
     for g, keep in best.items():
         if keep < units[g]:
             order = np.argsort(scores[g], kind="stable")

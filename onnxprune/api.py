@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from onnxprune.allocations import Limits, check_budget, check_ratio, choose
+from onnxprune.allocations import Choice, Limits, check_budget, check_ratio, choose
 from onnxprune.allocations import allocation as allocations
-from onnxprune.certificate import Bench, Proof, certify
-from onnxprune.cost import counter
+from onnxprune.branches import with_branches
+from onnxprune.certificate import Bench, Proof, certify, prepare
+from onnxprune.cost import Cuts, counter
 from onnxprune.criteria import criterion as criteria
+from onnxprune.depth import Blocks, at_granularity, check_granularity, mixed
+from onnxprune.equivalence import influences
 from onnxprune.errors import OnnxPruneError, ProofError
 from onnxprune.grouping import Grouping, group, without
 from onnxprune.importer import Model, load
@@ -67,11 +70,11 @@ def groups(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Grouping:
-    """The groups of coupled units of a model, certified on it, and what is fixed and why.
+    """The groups of coupled units of a model and its residual branches, certified on it, and what is fixed and why.
 
     Raises OnnxPruneError for bad input (exit code 2) and where onnxruntime cannot run the model (4).
     """
-    found = group(_load(model, feeds, input_shapes, progress), allow_io)
+    found = with_branches(group(_load(model, feeds, input_shapes, progress), allow_io))
     return certify(found, feeds, seed, progress=progress)[0] if verify and found.groups else found
 
 
@@ -85,6 +88,7 @@ def prune(
     ratio: float,
     *,
     of: str = "macs",
+    granularity: str = "channel",
     criterion: str = "l2",
     allocation: str = "uniform",
     scope: Sequence[str] = (),
@@ -101,8 +105,11 @@ def prune(
 ) -> Result:
     """Remove `ratio` of a budget (`macs`, `params` or `channels`) and prove that the surgery was right.
 
+    granularity: `channel` (all widths, heads too), `head` (whole attention heads alone), `block` (whole residual branches) or
+    `all`: branches first where that changes the outputs less, then channels.  criterion and allocation are about widths:
+    branches go by how much the outputs change without them, for what they cost (`random`: by chance).
     scope, exclude, layer_ratios: globs over node and tensor names.  min_keep: units (or, below 1, the share) that every
-    group keeps.  Groups that the inputs do
+    group keeps, residual branches apart.  Groups that the inputs do
     not exercise stay whole.  align: kept units are a multiple of it.  Deterministic for a seed.
 
     Raises OnnxPruneError for bad input (exit code 2), where nothing can be pruned (3) and where the proof fails (4).
@@ -112,13 +119,15 @@ def prune(
     """
     check_ratio(ratio)
     check_budget(of)
+    check_granularity(granularity)
     score, _ = criteria.get(criterion), allocations.get(allocation)
     if min_keep < 0:
         raise OnnxPruneError(f"min-keep is {min_keep}; it is a share below 1 or a number of units, 0 at least")
     if align < 1:
         raise OnnxPruneError(f"align is {align}; it is a number of units, 1 at least")
     loaded = _load(model, feeds, input_shapes, progress)
-    grouping, proof, bench = _certified(group(loaded, allow_io), feeds, seed, verify, progress)
+    found = at_granularity(group(loaded, allow_io), granularity)
+    grouping, proof, bench = _certified(found, feeds, seed, verify, progress)
     _some(grouping)
     names = _names(grouping) if scope or exclude or layer_ratios else {}
     chosen = {g.id for g in grouping.groups}
@@ -138,10 +147,20 @@ def prune(
     if not chosen:
         raise OnnxPruneError(f"{loaded.name}: no group is left to prune; widen --scope or --exclude less", 3)
     _say(progress, f"scoring {len(chosen)} groups")
-    scores = {g.id: score(loaded, g, np.random.default_rng([seed, g.id])) for g in grouping.groups if g.id in chosen}
+    scores = {g.id: score(loaded, g, np.random.default_rng([seed, g.id])) for g in grouping.groups if g.id in chosen and g.branch is None}
+    branches = [g for g in grouping.groups if g.id in chosen and g.branch is not None]
+    lost: dict[int, float] = {}
+    if branches:
+        _say(progress, f"choosing among {len(branches)} branches")
+        bench = bench or prepare(grouping, feeds, seed)
+        lost = {b.id: proof.influence[b.id] for b in branches if b.id in proof.influence} if proof else {}
+        lost |= influences(bench, [b for b in branches if b.id not in lost])
+        if criterion == "random":
+            lost = {b.id: float(np.random.default_rng([seed, b.id]).random()) for b in branches}
     options = {
         "ratio": ratio,
         "of": of,
+        "granularity": granularity,
         "criterion": criterion,
         "allocation": allocation,
         "scope": list(scope),
@@ -155,7 +174,7 @@ def prune(
     }
     failure: ProofError | None = None
     for _ in range(ROUNDS):
-        choice = choose(grouping, scores, ratio, of, allocation, Limits(min_keep, align), shares)
+        choice = _choice(bench, grouping, scores, lost, ratio, of, allocation, Limits(min_keep, align), shares)
         if not choice.remove:
             break
         made = Plan(grouping, choice.remove, options, choice.reached)
@@ -167,12 +186,15 @@ def prune(
                 raise
         _say(progress, f"planning again without {len(failure.groups)} groups")
         grouping, proof = _less(grouping, proof, failure.groups)
-        scores = {k: v for k, v in scores.items() if k in {g.id for g in grouping.groups}}
-        shares = {k: v for k, v in shares.items() if k in scores}
-        if not scores:
+        scores = {k: v for k, v in scores.items() if k not in failure.groups}
+        lost = {k: v for k, v in lost.items() if k not in failure.groups}
+        shares = {k: v for k, v in shares.items() if k not in failure.groups}
+        if not scores and not lost:
             break
     if failure is not None:
         raise failure
+    if not scores:
+        raise OnnxPruneError(f"{loaded.name}: to cut none of its branches is closest to {ratio:.1%} of {of}; ask for more", 3)
     raise OnnxPruneError(f"{loaded.name}: nothing can go within --min-keep {min_keep:g} and --align {align}; ask for less of them", 3)
 
 
@@ -217,7 +239,7 @@ def verify(
             return result.proof
         moves = Moves(result.plan.grouping, after=result.plan.remove)
         return replace(result.proof, matches=compare(bench, result.model, load(pruned).proto, moves))
-    found = group(_load(model, feeds, input_shapes, progress), allow_io)
+    found = with_branches(group(_load(model, feeds, input_shapes, progress), allow_io))
     _some(found)
     _, proof, bench = certify(found, feeds, seed, progress=progress)
     if pruned is not None:
@@ -243,7 +265,10 @@ def _apply(
         if feeds or input_shapes or not planned:
             raise
         loaded = _load(model, None, None, progress)  # the plan's shapes do not fit: `match` says what else does not
-    made = match(group(loaded, options.get("allow_io") or ()), content)
+    found = group(loaded, options.get("allow_io") or ())
+    if any(entry["units"] == 1 and entry.get("remove") for entry in content["groups"]):
+        found = with_branches(found)
+    made = match(found, content)
     proof, bench = None, None
     if verify:
         grouping, proof, bench = _certified(made.grouping, feeds, seed, True, progress)
@@ -272,6 +297,31 @@ def _certified(
     return certify(grouping, feeds, seed, progress=progress)
 
 
+def _choice(
+    bench: Bench | None,
+    grouping: Grouping,
+    scores: Mapping[int, np.ndarray],
+    lost: Mapping[int, float],
+    ratio: float,
+    of: str,
+    rule: str,
+    limits: Limits,
+    shares: Mapping[int, float],
+) -> Choice:
+    """Units to remove for a budget, by the `scores` of width groups and what the outputs have `lost` without each branch."""
+
+    def widths(cut: Sequence[int] = ()) -> Choice:
+        dead = Cuts(grouping).dead(cut)
+        alive = {g.id for g in grouping.groups if not dead or any(m.tensor not in dead for m in g.members)}
+        left = {g: s for g, s in scores.items() if g in alive}
+        return choose(grouping, left, ratio, of, rule, limits, {g: shares[g] for g in left if g in shares}, cut)
+
+    if not lost or bench is None:
+        return widths()
+    blocks = Blocks(grouping, lost, of, shares)
+    return mixed(bench, grouping, ratio, blocks.prefixes(ratio), widths) if scores else blocks.closest(ratio)
+
+
 def _less(grouping: Grouping, proof: Proof | None, wrong: Mapping[int, str]) -> tuple[Grouping, Proof | None]:
     """Without the groups whose removal fails the proof."""
     if proof is not None:
@@ -291,12 +341,16 @@ def _some(grouping: Grouping) -> None:
 
 
 def _names(grouping: Grouping) -> dict[int, set[str]]:
-    """For each group its tensors and the nodes that read them."""
+    """For each group its tensors and the nodes that read them; for a residual branch all that is in it, and its Add."""
     readers: dict[str, set[str]] = {}
     for node in grouping.model.nodes:
         for name in node.input:
             readers.setdefault(name, set()).update({node.name, *node.output} - {""})
-    return {g.id: set().union(*({m.tensor} | readers.get(m.tensor, set()) for m in g.members)) for g in grouping.groups}
+    names = {g.id: set().union(*({m.tensor} | readers.get(m.tensor, set()) for m in g.members)) for g in grouping.groups}
+    for branch, own in ((g.branch, names[g.id]) for g in grouping.groups if g.branch is not None):
+        inside = branch.dead | {branch.output}
+        own |= inside | {n.name for n in grouping.model.nodes if inside.intersection(n.output)} - {""}
+    return names
 
 
 def _matching(names: Mapping[int, set[str]], patterns: Sequence[str], option: str, model: Model) -> set[int]:

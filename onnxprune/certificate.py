@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxprune.equivalence import UNSEEN, certify_blocks, influences
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Group, Grouping, without
 from onnxprune.importer import FLOATS, Model
@@ -34,7 +35,8 @@ class Proof:
     commuting, masked: gaps of the pruned model, None where there was nothing to compare; statistics: groups that lose units
     and change a mean, variance, maximum or softmax, for which masking does not apply.  matches: how far a given model is
     from what the plan leaves; infinite where its weights were trained on.  stepwise: every node was proven alone, as rounding
-    alone moves the outputs too far.
+    alone moves the outputs too far.  influence: {id of a residual branch: how much the outputs change without it, see
+    `equivalence.influences`}.
     """
 
     rounding: float
@@ -49,6 +51,7 @@ class Proof:
     statistics: tuple[int, ...] = ()
     matches: float | None = None
     stepwise: bool = False
+    influence: Mapping[int, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {k: (list(v) if isinstance(v, tuple) else v) for k, v in vars(self).items()}
@@ -70,6 +73,10 @@ class Bench:
     rounding: float
     elsewhere: Arrays | None = None
     steps: Steps | None = None
+
+    @property
+    def watch(self) -> list[str]:
+        return behind_integers(self.model)
 
     @property
     def tolerance(self) -> float:
@@ -202,32 +209,39 @@ def behind_integers(model: Model) -> list[str]:
 def certify(
     grouping: Grouping, feeds: Arrays | None = None, seed: int = 0, seconds: float = 20.0, progress: Progress | None = None
 ) -> tuple[Grouping, Proof, Bench]:
-    """Prove every group by permutation; groups that fail are frozen in the grouping that is returned.
+    """Prove every group by permutation, and every residual branch by masking; what fails is frozen in the grouping returned.
 
     seconds: how long the check that each group was exercised may take; what is left then is unchecked, and said so.
     """
     say = progress or (lambda text: None)
-    say(f"permuting {len(grouping.groups)} groups")
+    groups = [g for g in grouping.groups if g.branch is None]
+    blocks = [g for g in grouping.groups if g.branch is not None]
+    say(f"permuting {len(groups)} groups")
     bench = prepare(grouping, feeds, seed)
     failed: dict[int, str] = {}
-    groups = list(grouping.groups)
     worst = 0.0
     for round_seed in (seed + 1, seed + 2):
         gap, wrong = _search(bench, grouping, groups, round_seed, say)
         failed |= wrong
         groups = [g for g in groups if g.id not in failed]
         worst = max(worst, gap)
+    bench = replace(bench, elsewhere=None if bench.steps is not None else _other_sizes(bench, seed))
+    if blocks:
+        say(f"cutting {len(blocks)} branches")
+        failed |= certify_blocks(bench, grouping, blocks, say)
+        blocks = [b for b in blocks if b.id not in failed]
     certified = without(grouping, failed) if failed else grouping
     say(f"checking that {len(groups)} groups are exercised")
-    proven, idle, open_ = _exercised(bench, certified, seed + 1, seconds, worst)
-    names = {m.tensor for g in groups for m in g.members}
-    stepwise = bench.steps is not None
-    bench = replace(
-        bench,
-        arrays={k: v for k, v in bench.arrays.items() if k in names},
-        elsewhere=None if stepwise else _other_sizes(bench, seed),
-    )
-    return certified, Proof(bench.rounding, bench.tolerance, worst, proven, idle, open_, failed, stepwise=stepwise), bench
+    end = time.monotonic() + seconds
+    proven, idle, open_ = _exercised(bench, certified, seed + 1, end, worst)
+    influence = influences(bench, blocks, end)
+    proven += tuple(i for i, lost in influence.items() if lost > UNSEEN)
+    idle += tuple(i for i, lost in influence.items() if lost <= UNSEEN)
+    open_ += tuple(b.id for b in blocks if b.id not in influence)
+    names = {m.tensor for g in (*groups, *blocks) for m in g.members}
+    bench = replace(bench, arrays={k: v for k, v in bench.arrays.items() if k in names})
+    proof = Proof(bench.rounding, bench.tolerance, worst, proven, idle, open_, failed, influence=influence)
+    return certified, replace(proof, stepwise=bench.steps is not None), bench
 
 
 def _search(bench: Bench, grouping: Grouping, groups: list[Group], seed: int, say: Progress) -> tuple[float, dict[int, str]]:
@@ -271,15 +285,17 @@ def _blame(bench: Bench, gap: float) -> str:
 
 
 def _exercised(
-    bench: Bench, grouping: Grouping, seed: int, seconds: float, rounding: float
+    bench: Bench, grouping: Grouping, seed: int, end: float, rounding: float
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Ids of the groups whose wrong permutation changes the outputs, of those where nothing changes, and of those left open."""
+    """Ids of the groups whose wrong permutation changes the outputs, of those where nothing changes, and of those left open.
+
+    end: when, by time.monotonic, no more is begun.
+    """
     proven: list[int] = []
     idle: list[int] = []
     unchecked: list[int] = []
-    end = time.monotonic() + seconds
     noise = max(2 * rounding, 1e-6)  # twice what right permutations do
-    for group in sorted(grouping.groups, key=lambda g: -_weight(bench.model, g)):
+    for group in sorted((g for g in grouping.groups if g.branch is None), key=lambda g: -_weight(bench.model, g)):
         if time.monotonic() > end:
             unchecked.append(group.id)
             continue

@@ -140,10 +140,12 @@ def prune(
     """
     from onnxprune import api
     from onnxprune.allocations import check_budget, check_ratio
+    from onnxprune.depth import check_granularity
     from onnxprune.writing import check_apart, check_target, write_model, write_text
 
     check_ratio(ratio)
     check_budget(chosen["of"])
+    check_granularity(chosen["granularity"])
     source = Path(model)
     target = check_target(output or source.with_name(f"{source.stem}-pruned.onnx"), source)
     check_apart(model, target, plan_out, json_path, feeds, evaluation)
@@ -249,6 +251,7 @@ def groups(
     onnxprune groups model.onnx
     onnxprune groups model.onnx --json groups.json
     """
+    from onnxprune.branches import with_branches
     from onnxprune.certificate import certify
     from onnxprune.grouping import group
     from onnxprune.importer import load
@@ -259,7 +262,7 @@ def groups(
     given = read_feeds(feeds)
     with _progress(quiet) as say:
         say("reading the model")
-        found, proof = group(load(model, given, read_shapes(shapes)), allow_io), None
+        found, proof = with_branches(group(load(model, given, read_shapes(shapes)), allow_io)), None
         if verify and found.groups:
             found, proof, _ = certify(found, given, seed, progress=say)
     _write_json(found.to_json(), json_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from onnxprune import layouts
@@ -10,13 +10,14 @@ from onnxprune.folding import attributes
 from onnxprune.grouping import Grouping
 from onnxprune.importer import FLOATS, Model
 from onnxprune.layouts import Dim, Layout, find
+from onnxprune.liveness import Liveness
 from onnxprune.relations import Axis, Site
 
-Term = tuple[float, tuple[Axis, ...]]
+Term = tuple[float, tuple[Axis, ...], str]
 
 
 def mac_terms(model: Model) -> list[Term]:
-    """Multiply-accumulates of the main graph: each term is a number times the sizes of axes.
+    """Multiply-accumulates of the main graph: each term is a number times the sizes of axes, and the value that it makes.
 
     Conv and ConvTranspose: output (input) elements × kernel elements a channel; MatMul, Gemm and Einsum: output elements ×
     contracted size; recurrent layers: time × batch × elements of W and R.
@@ -28,27 +29,27 @@ def mac_terms(model: Model) -> list[Term]:
         if op not in COUNTED or any(n not in model.shapes for n in names):
             continue
         site = Site(index, node, 1, model.shapes, {})
-        x, w, y = site.x[0], site.x[1] if len(site.x) > 1 else [], site.y[0]
+        x, w, y, made = site.x[0], site.x[1] if len(site.x) > 1 else [], site.y[0], node.output[0]
         if op in ("QGemm", "QLinearConv", "QLinearMatMul"):
             w = site.x[3]
         if op in ("Conv", "ConvInteger", "QLinearConv"):
-            terms.append((1, (*y, *w[1:])))
+            terms.append((1, (*y, *w[1:]), made))
         elif op == "ConvTranspose":
-            terms.append((1, (*x, *w[1:])))
+            terms.append((1, (*x, *w[1:]), made))
         elif op in ("Gemm", "QGemm"):
-            terms.append((1, (*y, x[0 if attributes(node).get("transA", 0) else 1])))
+            terms.append((1, (*y, x[0 if attributes(node).get("transA", 0) else 1]), made))
         elif op in ("MatMul", "MatMulInteger", "QLinearMatMul"):
-            terms.append((1, (*y, x[-1])))
+            terms.append((1, (*y, x[-1]), made))
         elif op == "Einsum":
             letters: dict[str, Axis] = {}
             equation = str(attributes(node)["equation"]).replace(" ", "").replace("...", "")
             for term, axes in zip(equation.split("->")[0].split(","), site.x, strict=True):
                 letters |= dict(zip(term[::-1], axes[::-1], strict=False))
-            terms.append((1, tuple(letters.values())))
+            terms.append((1, tuple(letters.values()), made))
         else:
             r = site.x[2]
             time, batch = (x[1], x[0]) if attributes(node).get("layout", 0) else (x[0], x[1])
-            terms += [(1, (time, batch, *w)), (1, (time, batch, *r))]
+            terms += [(1, (time, batch, *w), made), (1, (time, batch, *r), made)]
     return terms
 
 
@@ -60,28 +61,31 @@ COUNTED = {
 
 def parameter_terms(model: Model) -> list[Term]:
     """Elements of every float initializer and Constant of the main graph."""
-    return [(1, tuple((name, i) for i in range(len(tensor.dims)))) for name, tensor in model.tensors.items() if tensor.data_type in FLOATS]
+    floats = ((name, tensor) for name, tensor in model.tensors.items() if tensor.data_type in FLOATS)
+    return [(1, tuple((name, i) for i in range(len(tensor.dims))), name) for name, tensor in floats]
 
 
 @dataclass(frozen=True)
 class _Product:
-    """A number times widths[i] for each i."""
+    """A number times widths[i] for each i, while the value is alive."""
 
     factor: float
     widths: tuple[int, ...]
+    value: str
 
 
 class Counter:
-    """Evaluates one budget at any number of units kept, given as {group id: units kept}."""
+    """Evaluates one budget at any number of units kept, given as {group id: units kept}; what cut branches leave dead is gone."""
 
     def __init__(self, grouping: Grouping, terms: list[Term]) -> None:
         self._owner = {leaf: g.id for g in grouping.groups for leaf in g.leaves}
         self._share = {leaf: leaf.size / g.units for g in grouping.groups for leaf in g.leaves}
         self._layouts: list[Layout] = []
         numbers: dict[Dim, int] = {}
-        self._fixed = 0.0
         self._products: list[_Product] = []
-        for factor, axes in terms:
+        self._cuts = Cuts(grouping)
+        self._alive: dict[frozenset[int], tuple[float, list[_Product]]] = {}
+        for factor, axes, value in terms:
             changing: list[int] = []
             for axis in axes:
                 dim = grouping.dims.get(axis)
@@ -93,10 +97,7 @@ class Counter:
                     numbers[root] = len(self._layouts)
                     self._layouts.append(layouts.resolve(root))
                 changing.append(numbers[root])
-            if changing:
-                self._products.append(_Product(factor, tuple(changing)))
-            else:
-                self._fixed += factor
+            self._products.append(_Product(factor, tuple(changing), value))
 
     def _prunable(self, root: Dim) -> bool:
         return any(leaf in self._owner for leaf in layouts.leaves(layouts.resolve(root)))
@@ -104,13 +105,40 @@ class Counter:
     def __call__(self, kept: Mapping[int, int]) -> float:
         counts = {leaf: kept[g] * self._share[leaf] for leaf, g in self._owner.items() if g in kept}
         widths = [layouts.width(layout, counts) for layout in self._layouts]
-        total = self._fixed
-        for product in self._products:
+        total, products = self._left(self._cuts.among(kept))
+        for product in products:
             size = product.factor
             for i in product.widths:
                 size *= widths[i]
             total += size
         return total
+
+    def _left(self, cut: frozenset[int]) -> tuple[float, list[_Product]]:
+        """What no width changes, and the other products, without what is dead."""
+        if cut not in self._alive:
+            dead = self._cuts.dead(cut)
+            alive = [p for p in self._products if p.value not in dead]
+            self._alive = {cut: (sum(p.factor for p in alive if not p.widths), [p for p in alive if p.widths])}
+        return self._alive[cut]
+
+
+class Cuts:
+    """Which branches are cut, and what they leave dead together."""
+
+    def __init__(self, grouping: Grouping) -> None:
+        self._branches = {g.id: g.branch for g in grouping.groups if g.branch is not None}
+        self._liveness = Liveness(grouping.model) if self._branches else None
+        self._last: tuple[frozenset[int], frozenset[str]] = (frozenset(), frozenset())
+
+    def among(self, kept: Mapping[int, int]) -> frozenset[int]:
+        return frozenset(g for g in self._branches if kept.get(g) == 0)
+
+    def dead(self, cut: Iterable[int]) -> frozenset[str]:
+        """The values and tensors that nothing reads without these branches."""
+        cut = frozenset(cut)
+        if cut != self._last[0] and self._liveness is not None:
+            self._last = cut, self._liveness.without([self._branches[g] for g in cut])
+        return self._last[1]
 
 
 def counter(grouping: Grouping, of: str) -> Counter | _Units:
@@ -121,18 +149,25 @@ def counter(grouping: Grouping, of: str) -> Counter | _Units:
 
 
 class _Units:
-    """Units left over all groups."""
+    """Units left over all groups; those that live only where a cut branch was are gone."""
 
     def __init__(self, grouping: Grouping) -> None:
-        self._units = {g.id: g.units for g in grouping.groups}
+        self._groups = grouping.groups
+        self._cuts = Cuts(grouping)
 
     def __call__(self, kept: Mapping[int, int]) -> float:
-        return float(sum(kept.get(g, n) for g, n in self._units.items()))
+        dead = self._cuts.dead(self._cuts.among(kept))
+        return float(sum(kept.get(g.id, g.units) for g in self._groups if not dead or any(m.tensor not in dead for m in g.members)))
 
 
 def count_macs(model: Model) -> int:
     """MACs of a model at its input shapes."""
-    return round(sum(f * _sizes(model, axes) for f, axes in mac_terms(model)))
+    return count(model, mac_terms(model))
+
+
+def count(model: Model, terms: Iterable[Term]) -> int:
+    """The sum of terms at the model's own sizes."""
+    return round(sum(factor * _sizes(model, axes) for factor, axes, _ in terms))
 
 
 def _sizes(model: Model, axes: tuple[Axis, ...]) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 
 from onnxprune import layouts
 from onnxprune.dependencies import Dependencies, relate
+from onnxprune.heads import head_leaves
 from onnxprune.importer import FLOATS, Model
 from onnxprune.layouts import Dim, Layout, find, freeze
 from onnxprune.relations import Axis, Concat, Fixed, Product, Same, Statistics
@@ -26,8 +27,25 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A residual branch: the Add that makes `output` adds its `operand` to its `trunk`, and is the trunk once it is cut.
+
+    dead: the values and tensors that nothing reads then; layers: how many of them layers make.
+    """
+
+    output: str
+    trunk: str
+    operand: str
+    dead: frozenset[str] = field(default=frozenset(), repr=False)
+    layers: int = 0
+
+
+@dataclass(frozen=True)
 class Group:
-    """Units that live in the same places in the same way; any of them may go."""
+    """Units that live in the same places in the same way; any of them may go.
+
+    kind: "channel", "head" (attention heads), or "block": a residual branch, which is one unit and may go as well.
+    """
 
     id: int
     units: int
@@ -35,10 +53,12 @@ class Group:
     statistics: bool
     members: tuple[Member, ...]
     leaves: tuple[Dim, ...] = field(repr=False, compare=False)
+    branch: Branch | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         members = [{"tensor": m.tensor, "axis": m.axis, "indices": m.indices.tolist()} for m in self.members]
-        return {"id": self.id, "units": self.units, "kind": self.kind, "statistics": self.statistics, "members": members}
+        place = {"add": self.branch.output} if self.branch else {}
+        return {"id": self.id, "units": self.units, "kind": self.kind, **place, "statistics": self.statistics, "members": members}
 
 
 @dataclass(frozen=True)
@@ -164,6 +184,7 @@ def collect(model: Model, dependencies: Dependencies, dims: Mapping[Axis, Dim]) 
         if constant:
             for leaf, indices in layouts.positions(layout).items():
                 places.setdefault(leaf, []).extend((name, axis, indices) for name, axis in constant)
+    heads = head_leaves(model, dims)
     families: dict[tuple[object, ...], list[Dim]] = {}
     for leaf in sorted(roles, key=lambda d: d.number):
         if leaf.reason:
@@ -187,7 +208,8 @@ def collect(model: Model, dependencies: Dependencies, dims: Mapping[Axis, Dim]) 
         for rows in zip(*tables, strict=True):
             name, axis, _ = rows[0]
             members.append(Member(name, axis, np.concatenate([r[2] for r in rows]) if len(rows) > 1 else rows[0][2]))
-        groups.append(Group(0, units, "channel", family[0] in statistical, tuple(members), tuple(family)))
+        kind = "head" if heads.intersection(family) else "channel"
+        groups.append(Group(0, units, kind, family[0] in statistical, tuple(members), tuple(family)))
     groups.sort(key=lambda g: min(order[m.tensor] for m in g.members))
     numbered = tuple(replace(g, id=i) for i, g in enumerate(groups))
     return Grouping(model, dependencies, numbered, _fixed(model, dims), dims)

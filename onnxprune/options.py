@@ -40,6 +40,13 @@ VERIFY = click.option("--verify/--no-verify", default=True, help="Prove the resu
 CHOICE = options(
     click.option("--ratio", "-r", type=float, required=True, help="Share of the budget to remove, between 0 and 1."),
     click.option("--of", default="macs", show_default=True, metavar="macs|params|channels", help="Which budget."),
+    click.option(
+        "--granularity",
+        default="channel",
+        show_default=True,
+        metavar="channel|head|block|all",
+        help="What goes: channels and heads, whole heads alone, residual branches, or all of them.",
+    ),
     click.option("--criterion", default="l2", show_default=True, help="Which units go first: l1, l2, lamp, fpgm, bn-scale, random."),
     click.option("--allocation", default="uniform", show_default=True, help="How the groups share it: uniform or global."),
     click.option("--scope", multiple=True, metavar="GLOB", help="Prune only layers with such a node or tensor name."),

@@ -65,7 +65,7 @@ def read_plan(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, A
                 raise OnnxPruneError(f"{name}: the remove list of group {entry['id']} holds {remove[0]!r}; it must hold unit numbers")
             if any(not 0 <= u < units for u in remove) or len(set(remove)) != len(remove):
                 raise OnnxPruneError(f"{name}: group {entry['id']} has {units} units; its remove list names others, or one twice")
-            if remove and len(remove) == units:
+            if remove and len(remove) == units > 1:
                 raise OnnxPruneError(f"{name}: group {entry['id']} would lose all of its {units} units; leave one at least")
             for block in entry.get("blocks") or []:
                 if len(set(block) & set(remove)) * len(entry["blocks"]) != len(remove):

@@ -25,20 +25,25 @@ def _table(*columns: tuple[str, str]) -> Table:
 
 
 def _where(group: Group) -> str:
+    if group.branch is not None:
+        layers = f"{group.branch.layers} layer{'s' if group.branch.layers > 1 else ''}"
+        return f"the branch of {layers} at {escape(group.branch.output)}"
     names = list(dict.fromkeys(m.tensor for m in group.members))
     return escape(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def show_groups(console: Console, grouping: Grouping, proof: Proof | None) -> None:
     """A line a group, then what is fixed, by reason."""
-    units = sum(g.units for g in grouping.groups)
-    console.print(f"[bold]{escape(grouping.model.name)}[/]: {len(grouping.groups)} groups, {units} units")
-    table = _table(("group", "right"), ("units", "right"), ("tensors", "left"), ("proof", "left"))
+    widths = [g for g in grouping.groups if g.branch is None]
+    blocks = len(grouping.groups) - len(widths)
+    also = f", {blocks} residual branches" if blocks else ""
+    console.print(f"[bold]{escape(grouping.model.name)}[/]: {len(widths)} groups, {sum(g.units for g in widths)} units{also}")
+    table = _table(("group", "right"), ("units", "right"), ("kind", "left"), ("tensors", "left"), ("proof", "left"))
     idle = set(proof.unexercised) if proof else set()
     for group in grouping.groups:
         state = "not run" if proof is None else "not exercised" if group.id in idle else "proven"
         state = "unchecked" if proof and group.id in proof.unchecked else state
-        table.add_row(str(group.id), str(group.units), _where(group), state + (", statistics" if group.statistics else ""))
+        table.add_row(str(group.id), str(group.units), group.kind, _where(group), state + (", statistics" if group.statistics else ""))
     if grouping.groups:
         console.print(table)
     if grouping.fixed:
@@ -86,13 +91,15 @@ def show_proof(console: Console, proof: Proof | None) -> None:
     if proof is None:
         console.print("[yellow]not verified[/]")
         return
-    count = len(proof.proven) + len(proof.unexercised) + len(proof.unchecked)
+    count = len(proof.proven) + len(proof.unexercised) + len(proof.unchecked) - len(proof.influence)
     console.print(
         f"proof: {count} groups permuted, outputs move by {proof.permutation:.1e} standard deviations "
         f"(rounding {proof.rounding:.1e}, allowed {proof.tolerance:.1e})"
     )
     if proof.stepwise:
         console.print("  each node alone, as rounding alone moves the outputs too far: a node's results move by that much")
+    if proof.influence:
+        console.print(f"  {len(proof.influence)} residual branches: cutting them is the same as zeros in their last projections")
     for text, ids in (
         ("kept whole, as these inputs do not exercise them", proof.unexercised),
         ("left unchecked for time whether they are exercised", proof.unchecked),

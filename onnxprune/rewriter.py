@@ -10,7 +10,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from onnxprune import layouts
 from onnxprune.errors import OnnxPruneError
 from onnxprune.folding import Folded, fold
-from onnxprune.grouping import Grouping
+from onnxprune.grouping import Branch, Grouping
 from onnxprune.importer import Model, captured
 from onnxprune.layouts import Dim, find
 from onnxprune.relations import Axis, Mend, Reorder
@@ -22,10 +22,10 @@ class Widths:
     """Which indices of every axis stay."""
 
     def __init__(self, grouping: Grouping, remove: Remove) -> None:
-        self.grouping = grouping
+        self.grouping, self.remove = grouping, remove
         self._kept: dict[Dim, np.ndarray] = {}
         for group in grouping.groups:
-            if len(remove.get(group.id, ())):
+            if len(remove.get(group.id, ())) and group.branch is None:
                 mask = np.ones(group.units, bool)
                 mask[np.asarray(remove[group.id])] = False
                 start = 0
@@ -89,6 +89,7 @@ def _rewritten(model: Model, widths: Widths, tensors: dict[str, TensorProto], pi
     for mend in widths.grouping.dependencies.mends:
         editor.mend(mend)
     editor.keep_data()
+    editor.cut([g.branch for g in widths.grouping.groups if g.branch is not None and len(widths.remove.get(g.id, ()))])
     return _assemble(model, widths, editor)
 
 
@@ -269,6 +270,25 @@ class _Editor:
                 if old.dynamic.any():
                     raise _unable(node)
                 node.input[position] = self._constant(old.number, name)
+
+    def cut(self, branches: Sequence[Branch]) -> None:
+        """What read a branch's Add reads its trunk; an Add that is a graph output, or read in a body, becomes an Identity."""
+        trunks = {branch.output: branch.trunk for branch in branches}
+
+        def trunk(name: str) -> str:
+            while name in trunks:
+                name = trunks[name]
+            return name
+
+        every = [*self.nodes, *(node for nodes in self.before.values() for node in nodes)]
+        held = set(self.model.outputs).union(*(captured(node) for node in every)) if branches else set()
+        for node in every:
+            if any(out in trunks for out in node.output):
+                out = node.output[0]
+                identity = helper.make_node("Identity", [trunks[out]], [out], name=node.name) if out in held else NodeProto(output=[out])
+                node.CopyFrom(identity)
+            for position, name in enumerate(node.input):
+                node.input[position] = trunk(name)
 
     def _name(self, base: str) -> str:
         k = 0

@@ -163,7 +163,7 @@ def _has_halves(proto: ModelProto) -> bool:
     return any(t.data_type in FLOATS and t.data_type != FLOATS[0] for t in proto.graph.initializer)
 
 
-def _pruned(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remove) -> tuple[ModelProto, float, float]:
+def _pruned(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remove) -> tuple[ModelProto, float | None, float]:
     """The model without the units of some groups, the gap to pruning after a permutation, and what rounding does to its outputs.
 
     Raises OnnxPruneError (exit code 4) where it is not well-formed or the gap is more than rounding; ProofError where rounding
@@ -173,8 +173,8 @@ def _pruned(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remov
     pruned = rewrite(grouping, gone)
     narrow = Moves(grouping, after=gone)
     outputs = check_model(bench, pruned, narrow)
-    if not losing:
-        return pruned, 0.0, bench.rounding
+    if all(g.branch is not None for g in losing):  # a branch is one unit, which has nowhere else to go
+        return pruned, None, bench.rounding
     feeds = narrow.arrays(bench.feeds)
     same = {g.id: np.sort(np.argsort(shuffled(g, COMMUTING))[remove[g.id]]) for g in losing}
     other = rewrite(grouping, same, permuted(bench.arrays, losing, seed=COMMUTING))
@@ -271,7 +271,7 @@ def _masked(
     rest = [g for g in plain if g.id not in apart]
     if worst > bench.tolerance:
         reasons = excuses(grouping)
-        rest.sort(key=lambda g: g.id in reasons)
+        rest.sort(key=lambda g: (g.branch is None, g.id in reasons))  # branches have no other proof: the last to be doubted
         worst = gap(rest) if rest else 0.0
     while rest and worst > bench.tolerance:  # each alone is within rounding, all together are not
         keep = len(rest) * 3 // 4

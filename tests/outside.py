@@ -110,6 +110,8 @@ def macs(model: ModelProto, feeds: Arrays) -> int:
     probe, counted = duplicate(model), {"Conv": _window, "ConvTranspose": _window, "Gemm": _product, "MatMul": _product}
     del probe.graph.output[:]
     names = dict.fromkeys(v for n in model.graph.node if n.op_type in counted for v in (*n.input[:2], *n.output))
+    if not names:
+        return 0
     probe.graph.output.extend(helper.make_empty_tensor_value_info(v) for n in model.graph.node for v in n.output if v in names)
     shapes = {v: tuple(t.dims) for v, t in tensors(model).items()} | {v: a.shape for v, a in feeds.items()}
     shapes |= {v: np.shape(a) for v, a in run(probe, feeds).items()}
