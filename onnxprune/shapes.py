@@ -156,7 +156,10 @@ def _onnx_shapes(
         if all(o in done for o in node.output if o):
             continue
         graph.node.add().CopyFrom(node)
-    result = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
+    try:
+        result = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
+    except onnx.shape_inference.InferenceError:  # an operator that onnx does not know in this opset: a run has to tell
+        result = skeleton
     shapes: dict[str, Shape] = {}
     static: dict[str, tuple[bool, ...]] = {}
     for value in result.graph.value_info:

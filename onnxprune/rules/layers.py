@@ -60,6 +60,21 @@ def conv_transpose(site: Site) -> None:
         site.mend("group", {0: [groups]})
 
 
+@rule("DeformConv")
+def deform_conv(site: Site) -> None:
+    """A convolution with offset (N, offset_group·kernel·rank, …) and mask (N, offset_group·kernel, …) for runs of input channels."""
+    x, w, y = site.x[0], site.x[1], site.y[0]
+    convolution(site, x, w, y, site.x[3] if site.has(3) else [])
+    for axes in (site.x[2], site.x[4] if site.has(4) else []):
+        site.same_all(axes[:1], x[:1])
+        site.fixed(axes[1:], "an offset for each place of the kernel")
+    several = site.get("offset_group", 1)
+    if several > 1:
+        runs = site.new(several)
+        site.fixed([runs], "offset groups")
+        site.product([x[1]], [runs, site.new(site.size(x[1]) // several)])
+
+
 def gemm_product(site: Site, a: Sequence[Axis], b: Sequence[Axis], c: Sequence[Axis], y: Sequence[Axis]) -> None:
     """A (M, K) or its transpose, B (K, N) or its transpose, C broadcast to (M, N)."""
     a = a[::-1] if site.get("transA", 0) else a

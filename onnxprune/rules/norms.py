@@ -7,9 +7,11 @@ from onnxprune.relations import Site, rule
 
 @rule("BatchNormalization")
 def batch_normalization(site: Site) -> None:
-    """Running statistics, a channel each: nothing is shared between channels."""
+    """Running statistics, a channel each: nothing is shared between channels; in training over the other axes."""
     x = site.x[0]
     site.same_all(x, site.y[0])
+    if site.get("training_mode") or (site.opset < 7 and not site.get("is_test")):
+        site.statistics([*x[:1], *x[2:]])
     for parameter in site.x[1:]:
         site.same_all(parameter, x[1:2])
     for running in site.y[1:]:
@@ -69,8 +71,10 @@ def over_axis(site: Site) -> None:
 @rule("Hardmax")
 def hardmax(site: Site) -> None:
     """One at the first largest place: the order matters where two are alike."""
-    site.same_all(site.x[0], site.y[0])
-    site.fixed(site.x[0], "Hardmax takes the first of equals")
+    x, old = site.x[0], site.opset < 13
+    axis = site.get("axis", 1 if old else -1) % len(x)
+    site.same_all(x, site.y[0])
+    site.fixed(x[axis:] if old else [x[axis]], "Hardmax takes the first of equals")
 
 
 @rule("LRN")

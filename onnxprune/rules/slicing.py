@@ -32,7 +32,7 @@ def split(site: Site) -> None:
     for y in site.y:
         if y:
             others(site, x, y, {axis})
-    if not all(site.y) or site.changing(1).any():
+    if not all(site.y) or site.changing(1).any() or (site.has(1) and site.number(1) is None):
         site.fixed([x[axis]], "Split into unused parts, or of sizes given at run time")
         return
     parts = [y[axis] for y in site.y]
