@@ -118,6 +118,12 @@ def _infer_at(
             static_everywhere = {name: tuple(True for _ in shape) for name, shape in known.items()}
         known |= _seen(proto, wanted, shapes, feeds)  # sizes that may depend on data
         folded = fold(nodes, constants, known, static_everywhere)
+    for value in (
+        *proto.graph.value_info,
+        *proto.graph.output,
+    ):  # of operators that neither onnx nor this onnxruntime knows the file may tell
+        if value.name in wanted and value.name not in known and _static(value):
+            known[value.name] = concrete(value, 0)
     return Inferred(known, folded)
 
 

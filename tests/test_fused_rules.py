@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import test_op_rules
-from op_cases import Case, Weights
+from op_cases import Case, Weights, places
+from outside import build, covered
+
+import onnxprune
 
 MS = "com.microsoft"
 X = "float[2,5,6] x"
@@ -119,6 +123,85 @@ def fused() -> Iterator[Case]:
     yield Case("FusedConv", "float[2,3,6,6] x", body, kernel, "w1:0=8 b1:0=8 s:1=8 w2:1=8", outputs="float[2,4,6,6] y")
 
 
-@pytest.mark.parametrize("case", [*recurrent(), *attention(), *rotary(), *fused()], ids=lambda case: case.name)
+def sequences() -> Iterator[Case]:
+    """Attention whose tokens are made by a layer: a batch, queries and keys that are tied, and an order where it matters."""
+    turned = "t = MatMul (w1, x) q = MatMul (t, wq) k = MatMul (t, wk) v = MatMul (t, wv) "
+    weights: Weights = {"w1": (7, 5), "wq": (6, 24), "wk": (6, 24), "wv": (6, 24), "wo": (24, 4), "w2": (4, 7)}
+    plain = "q_num_heads=4, kv_num_heads=4"
+    body = f"{turned} a = Attention <{plain}> (q, k, v) o = MatMul (a, wo) y = MatMul (w2, o)"
+    yield Case("Attention-tokens", X, body, weights, "w1:0=7 w2:1=7 wq:1=4+6", "w1:1 w2:0", opset=23, statistics=None)
+    causal = body.replace(plain, f"{plain}, is_causal=1")
+    yield Case("Attention-causal-tokens", X, causal, weights, "wq:1=4+6", "w1:0 w2:1", opset=23)
+    masked = body.replace("(q, k, v)", "(q, k, v, m)")
+    yield Case("Attention-masked-tokens", X, masked, weights | {"m": (7, 7)}, "w1:0=7 w2:1=7 m:0=7 m:1=7", opset=23)
+    body = f"{QKV} a, pk, pv = Attention <{plain}> (q, k, v, , c, d) o = MatMul (a, wo) s = ReduceSum <keepdims=0> (pk, n) y = Add (o, s)"
+    past: Weights = {k: v for k, v in weights.items() if k not in ("w1", "w2")} | {"c": (2, 4, 3, 6), "d": (2, 4, 3, 6), "n": [1, 2, 3]}
+    body = body.replace("y = Add (o, s)", "r = Reshape (s, there) y = Add (o, r)")
+    covers = "wq:1=4+6 wk:1=4+6 c:1=4 c:3=6 d:1=4 d:3=6 wo:0=4+6"
+    yield Case("Attention-past", X, body, past | {"there": [2, 1, 1]}, covers, "c:0 d:0", opset=23)
+    body = f"{turned} a = {MS}.MultiHeadAttention <num_heads=4> (q, k, v) o = MatMul (a, wo) y = MatMul (w2, o)"
+    yield Case("MultiHeadAttention-tokens", X, body, weights, "w1:0=7 w2:1=7 wq:1=4+6", **Y | {"outputs": "float[2,4,4] y"})
+    body = body.replace("num_heads=4", "num_heads=4, unidirectional=1")
+    yield Case("MultiHeadAttention-causal-tokens", X, body, weights, "wq:1=4+6", "w1:0 w2:1", **Y | {"outputs": "float[2,4,4] y"})
+    body = f"t = MatMul (w1, x) a = {MS}.Attention <num_heads=4> (t, w, b) o = MatMul (a, wo) y = MatMul (w2, o)"
+    packed: Weights = {"w1": (7, 5), "w": (6, 72), "b": (72,), "wo": (24, 4), "w2": (4, 7)}
+    yield Case("packed-Attention-tokens", X, body, packed, "w1:0=7 w2:1=7 w:1 b:0", "w:0", **Y | {"outputs": "float[2,4,4] y"})
+    training = "m = Conv (x, w1) n, u, v = BatchNormalization <training_mode=1> (m, s, s, s, s) y = Conv (n, w2)"
+    layers: Weights = {"w1": (8, 3, 1, 1), "w2": (4, 8, 1, 1), "s": (8,)}
+    yield Case("BatchNormalization-training", "float[2,3,6,6] x", training, layers, "w1:0=8 s:0=8 w2:1=8")
+
+
+def more_fused() -> Iterator[Case]:
+    body = f"h = MatMul (x, w1) z = {MS}.ScaledSiLU <alpha=1.5> (h) y = MatMul (z, w2)"
+    yield Case("ScaledSiLU", X, body, {"w1": (6, 8), "w2": (8, 4)}, "w1:1=8 w2:0=8", **Y)
+    body = f"h = {MS}.TransposeMatMul <transB=1> (x, w1) y = MatMul (h, w2)"
+    yield Case("TransposeMatMul", X, body, {"w1": (8, 6), "w2": (8, 4)}, "w1:0=8 w2:0=8", **Y)
+    body = f"h = MatMul (x, w1) e = {MS}.ExpandDims (h, at) s = Squeeze (e, one) y = MatMul (s, w2)"
+    yield Case("ExpandDims", X, body, {"w1": (6, 8), "w2": (8, 4), "at": np.array(1, np.int32), "one": [1]}, "w1:1=8 w2:0=8", **Y)
+    body = f"h = Conv (x, w1) t = {MS}.Trilu (h) z = {MS}.GridSample (t, g) y = Conv (z, w2)"
+    kernel: Weights = {"w1": (8, 3, 1, 1), "w2": (4, 8, 1, 1), "g": (2, 4, 5, 2)}
+    yield Case("Trilu-GridSample", "float[2,3,6,6] x", body, kernel, "w1:0=8 w2:1=8", "g:1 g:2", outputs="float[2,4,4,5] y")
+
+
+NHWC = "float[2,6,6,3] x"
+NO_KERNEL = {  # nodes, the shapes of their values, weights, what is covered
+    "NhwcFusedConv": (
+        f'h = {MS}.NhwcFusedConv <activation="Relu"> (x, w1, b1) y = {MS}.NhwcConv (h, w2)',
+        "float[2,6,6,8] h",
+        {"w1": (8, 3, 1, 1), "b1": (8,), "w2": (4, 8, 1, 1)},
+        "w1:0=8 b1:0=8 w2:1=8",
+    ),
+    "GroupNorm": (
+        f"h = MatMul (x, w1) n = {MS}.GroupNorm <groups=2> (h, g, b) y = MatMul (n, w2)",
+        "float[2,6,6,8] n",
+        {"w1": (3, 8), "g": (8,), "b": (8,), "w2": (8, 4)},
+        "w1:1=2+4 g:0=2+4 b:0=2+4 w2:0=2+4",
+    ),
+    "SkipGroupNorm": (
+        f"h = MatMul (x, w1) k = MatMul (x, v1) n, s = {MS}.SkipGroupNorm <groups=2> (h, g, b, k, e) a = Add (n, s) y = MatMul (a, w2)",
+        "float[2,6,6,8] n, float[2,6,6,8] s, float[2,6,6,8] a",
+        {"w1": (3, 8), "v1": (3, 8), "g": (8,), "b": (8,), "e": (8,), "w2": (8, 4)},
+        "w1:1=2+4 v1:1=2+4 g:0=2+4 e:0=2+4 w2:0=2+4",
+    ),
+    "BiasSplitGelu": (
+        f"f = Reshape (x, rows) h = MatMul (f, w1) n = {MS}.BiasSplitGelu (h, b) z = MatMul (n, w2) y = {MS}.BiasAdd (z, c, z)",
+        "float[2,36,8] n, float[2,36,4] z",
+        {"rows": [2, 36, 3], "w1": (3, 16), "b": (16,), "w2": (8, 4), "c": (4,)},
+        "w1:1=8 b:0=8 w2:0=8",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_KERNEL)
+def test_without_a_kernel_the_file_tells_the_shapes(name: str) -> None:
+    body, values, weights, covers = NO_KERNEL[name]
+    model = build(NHWC, body, "float[2,6,6,4] y" if name != "BiasSplitGelu" else "float[2,36,4] y", weights)
+    model.graph.value_info.extend(onnx.parser.parse_graph(f"g ({values}) => (float y) {{ y = Relu (n) }}").input)
+    found = covered(onnxprune.groups(model, verify=False).to_json())
+    for place, units in places(covers).items():
+        assert sorted(found.get(place, [])) == units, place
+
+
+@pytest.mark.parametrize("case", [*recurrent(), *attention(), *rotary(), *fused(), *sequences(), *more_fused()], ids=lambda case: case.name)
 def test_fused_rule(case: Case) -> None:
     test_op_rules.test_rule(case)

@@ -90,8 +90,22 @@ def attention(site: Site) -> None:
     keep_scale(site, size)
 
 
+@rule("com.microsoft:QAttention")
+def quantized_attention(site: Site) -> None:
+    """Scales and zero points follow the bias, a value a column of the weight or one for all."""
+    w, past, mask = site.x[1], site.x[8] if site.has(8) else [], site.has(5)
+    for position in (4, 7):
+        if site.has(position) and len(site.x[position]) == 1 and site.size(site.x[position][0]) > 1:
+            site.same(site.x[position][0], w[1])
+    packed(site, past, [], mask)
+
+
 @rule("com.microsoft:Attention")
 def packed_attention(site: Site) -> None:
+    packed(site, site.x[4] if site.has(4) else [], site.x[5] if site.has(5) else [], site.has(3) or site.has(6))
+
+
+def packed(site: Site, past: Sequence[Axis], bias: Sequence[Axis], masked_keys: bool) -> None:
     """x (N, S, I), w (I, q + k + v), b (q + k + v), past (2, N, heads, P, size) -> y (N, S, v), present."""
     x, w, y = site.x[0], site.x[1], site.y[0]
     count = site.get("num_heads")
@@ -105,18 +119,21 @@ def packed_attention(site: Site) -> None:
     for part, width in zip(parts, (size, size, inner), strict=True):
         grouped(site, part, heads, width)
     site.same(y[2], parts[2])
-    for axes in (site.x[4] if site.has(4) else [], *site.y[1:2]):
+    for axes in (past, *site.y[1:2]):
         if axes:
             cached(site, axes[1:], x[0], heads, size)
             site.same(size, inner)
-    masked(site, 5, [x[0], heads, x[1], x[1]])
+    site.same_all(bias[::-1], [x[1], x[1], heads, x[0]])
     site.statistics([x[1]])
-    if site.has(3) or site.has(4) or site.has(6) or len(site.y) > 1 or site.get("unidirectional"):
+    if masked_keys or past or len(site.y) > 1 or site.get("unidirectional"):
         ordered(site, x[:2])
     if site.get("do_rotary"):
         site.fixed([size], "rotary embedding inside Attention")
     site.mend("num_heads", {0: [heads]})
-    site.mend("qkv_hidden_sizes", {i: [part] for i, part in enumerate(parts)})
+    if site.node.op_type == "QAttention":  # it has three equal parts
+        site.same(size, inner)
+    else:
+        site.mend("qkv_hidden_sizes", {i: [part] for i, part in enumerate(parts)})
     keep_scale(site, size)
 
 

@@ -86,7 +86,7 @@ def reverse_sequence(site: Site) -> None:
     site.fixed([x[site.get("time_axis", 0)]], "reversed by ReverseSequence")
 
 
-@rule("Trilu")
+@rule("Trilu", "com.microsoft:Trilu")
 def triangle(site: Site) -> None:
     """The triangle of a matrix; leading axes pass."""
     x = site.x[0]

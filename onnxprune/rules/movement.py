@@ -61,7 +61,7 @@ def flatten(site: Site) -> None:
     regroup(site, x[axis:], y[1:])
 
 
-@rule("Squeeze", "Unsqueeze")
+@rule("Squeeze", "Unsqueeze", "com.microsoft:ExpandDims")
 def squeeze(site: Site) -> None:
     """Axes of size 1 come and go; the others keep their order."""
     regroup(site, site.x[0], site.y[0])
@@ -132,7 +132,7 @@ def resize(site: Site) -> None:
         site.mend(3, {k: [y[a]] for k, a in enumerate(axes)})
 
 
-@rule("GridSample")
+@rule("GridSample", "com.microsoft:GridSample")
 def grid_sample(site: Site) -> None:
     """X (N, C, …), a place in it for each output (N, …, r) -> (N, C, …)."""
     grid, y = site.x[1], site.y[0]

@@ -120,7 +120,7 @@ def gather(site: Site) -> None:
     site.mends.append(Mend(site.index, 1, take=(x[axis], y[axis])))
 
 
-@rule("GatherND")
+@rule("GatherND", "com.microsoft:GatherND")
 def gather_nd(site: Site) -> None:
     """y = places of the indices (…, k) × the axes of x after the k indexed ones; batch axes come first."""
     x, indices, y, batch = site.x[0], site.x[1], site.y[0], site.get("batch_dims", 0)
