@@ -163,6 +163,46 @@ def more_fused() -> Iterator[Case]:
     yield Case("Trilu-GridSample", "float[2,3,6,6] x", body, kernel, "w1:0=8 w2:1=8", "g:1 g:2", outputs="float[2,4,4,5] y")
 
 
+def streaming() -> Iterator[Case]:
+    """Layers of state-space models and experts."""
+    turn = "h = MatMul (x, w1) t = Transpose <perm=[0,2,1]> (h)"
+    back = "b = Transpose <perm=[0,2,1]> (c) y = MatMul (b, w2)"
+    layers: Weights = {"w1": (6, 8), "w2": (8, 4), "k": (8, 1, 3), "e": (8,), "s": (2, 8, 2)}
+    body = f'{turn} c, n = {MS}.CausalConvWithState <activation="silu"> (t, k, e, s) {back}'
+    yield Case("CausalConvWithState", X, body, layers, "w1:1=8 k:0=8 e:0=8 s:1=8 w2:0=8", "w1:0 k:2", **Y)
+    few: Weights = {"wq": (6, 24), "wk": (6, 12), "wv": (6, 16), "wo": (32, 4)}
+    attributes = 'q_num_heads=4, kv_num_heads=2, update_rule="linear"'
+    body = f"{QKV} a, n = {MS}.LinearAttention <{attributes}> (q, k, v) y = MatMul (a, wo)"
+    yield Case("LinearAttention", X, body, few, "wq:1 wk:1=2+6 wv:1=2+8 wo:0", "wq:0 wo:1", **Y)
+    whole: Weights = {"wq": (6, 24), "wk": (6, 24), "wv": (6, 32), "wo": (32, 4), "wd": (6, 4), "wb": (6, 4), "s": (2, 4, 6, 8)}
+    whole |= {"dt": (4,), "da": -np.ones(4, np.float32)}
+    gates = f"f = MatMul (x, wd) r = MatMul (x, wb) d, b = {MS}.LinearAttentionGate (f, dt, da, r)"
+    attributes = 'q_num_heads=4, kv_num_heads=4, update_rule="gated_delta"'
+    body = f"{QKV} {gates} a, n = {MS}.LinearAttention <{attributes}> (q, k, v, s, d, b) y = MatMul (a, wo)"
+    covers = "wq:1=4+6 wk:1=4+6 wv:1=4+8 wo:0=4+8 wd:1=4 wb:1=4 s:1=4 s:2=6 s:3=8 dt:0=4 da:0=4"
+    yield Case("LinearAttention-gated", X, body, whole, covers, "s:0", **Y)
+    body = f"h = MatMul (x, w1) g = MatMul (x, v1) n = {MS}.GatedRMSNorm (h, s, g) y = MatMul (n, w2)"
+    normed: Weights = {"w1": (6, 12), "v1": (6, 12), "s": (4,), "w2": (12, 4)}
+    yield Case("GatedRMSNorm", X, body, normed, "w1:1=3+4 v1:1=3+4 s:0=4 w2:0=3+4", **Y)
+    expert: Weights = {
+        "w1": (6, 8),
+        "wr": (6, 3),
+        "f": (3, 12, 8),
+        "fb": (3, 12),
+        "g": (3, 8, 12),
+        "gb": (3, 8),
+        "w2": (8, 4),
+        "flat": [10, 3],
+    }
+    routed = "h = MatMul (x, w1) p = MatMul (x, wr) r = Reshape (p, flat)"
+    body = f'{routed} m = {MS}.MoE <k=2, activation_type="gelu", normalize_routing_weights=1> (h, r, f, fb, g, gb) y = MatMul (m, w2)'
+    covers = "w1:1=8 f:1=12 fb:1=12 g:2=12 f:2=8 g:1=8 gb:1=8 w2:0=8"
+    yield Case("MoE", X, body, expert, covers, "wr:1 f:0 g:0", **Y)
+    attributes = 'k=2, activation_type="swiglu", swiglu_fusion=1, normalize_routing_weights=1'
+    body = f"{routed} m = {MS}.MoE <{attributes}> (h, r, f, fb, g, gb) y = MatMul (m, w2)"
+    yield Case("MoE-swiglu", X, body, expert | {"f": (3, 24, 8), "fb": (3, 24)}, covers, "wr:1", **Y)
+
+
 NHWC = "float[2,6,6,3] x"
 NO_KERNEL = {  # nodes, the shapes of their values, weights, what is covered
     "NhwcFusedConv": (
@@ -202,6 +242,8 @@ def test_without_a_kernel_the_file_tells_the_shapes(name: str) -> None:
         assert sorted(found.get(place, [])) == units, place
 
 
-@pytest.mark.parametrize("case", [*recurrent(), *attention(), *rotary(), *fused(), *sequences(), *more_fused()], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [*recurrent(), *attention(), *rotary(), *fused(), *sequences(), *more_fused(), *streaming()], ids=lambda case: case.name
+)
 def test_fused_rule(case: Case) -> None:
     test_op_rules.test_rule(case)

@@ -1,6 +1,19 @@
 """The op rules, one module a family; importing the package registers them all."""
 
-from onnxprune.rules import attention, elementwise, indexing, layers, movement, norms, quantized, recurrent, reductions, signals, slicing
+from onnxprune.rules import (
+    attention,
+    elementwise,
+    indexing,
+    layers,
+    movement,
+    norms,
+    quantized,
+    recurrent,
+    reductions,
+    signals,
+    slicing,
+    streaming,
+)
 
 __all__ = [
     "attention",
@@ -14,4 +27,5 @@ __all__ = [
     "reductions",
     "signals",
     "slicing",
+    "streaming",
 ]
