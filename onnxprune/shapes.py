@@ -203,6 +203,8 @@ def _seen(proto: ModelProto, wanted: set[str], shapes: Mapping[str, Shape], feed
     """Shapes of the values that only a run can tell; {} where the model does not run here (those axes stay unknown)."""
     import onnxruntime as ort
 
+    from onnxprune.running import as_float32, widened
+
     made = {o for n in proto.graph.node for o in n.output if o}
     probe = ModelProto()
     probe.CopyFrom(proto)
@@ -213,8 +215,12 @@ def _seen(proto: ModelProto, wanted: set[str], shapes: Mapping[str, Shape], feed
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     try:
-        session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
         given = {**seeded_feeds(proto, shapes), **(feeds or {})}
+        try:
+            session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except Exception:  # no kernels in its types
+            session = ort.InferenceSession(as_float32(probe).SerializeToString(), options, providers=["CPUExecutionProvider"])
+            given = {k: widened(v) for k, v in given.items()}
     except Exception:  # not a model for this onnxruntime, or inputs that are no tensors
         return {}
     try:

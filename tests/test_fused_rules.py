@@ -154,6 +154,9 @@ def sequences() -> Iterator[Case]:
 def more_fused() -> Iterator[Case]:
     body = f"h = MatMul (x, w1) z = {MS}.ScaledSiLU <alpha=1.5> (h) y = MatMul (z, w2)"
     yield Case("ScaledSiLU", X, body, {"w1": (6, 8), "w2": (8, 4)}, "w1:1=8 w2:0=8", **Y)
+    body = f"h = MatMul (x, w1) z = {MS}.QuickGelu (h) y = MatMul (z, w2)"  # a shape that only a run in another type tells
+    wide: Weights = {"w1": np.random.default_rng(0).standard_normal((6, 8)), "w2": np.random.default_rng(1).standard_normal((8, 4))}
+    yield Case("QuickGelu-double", "double[2,5,6] x", body, wide, "w1:1=8 w2:0=8", outputs="double[2,5,4] y", runs=False)
     body = f"h = {MS}.TransposeMatMul <transB=1> (x, w1) y = MatMul (h, w2)"
     yield Case("TransposeMatMul", X, body, {"w1": (8, 6), "w2": (8, 4)}, "w1:0=8 w2:0=8", **Y)
     body = f"h = MatMul (x, w1) e = {MS}.ExpandDims (h, at) s = Squeeze (e, one) y = MatMul (s, w2)"

@@ -109,6 +109,27 @@ def operators() -> Iterator[Case]:
     yield Case("QLinearConv-channels-last", images, body, kernels, covers, "w1:1 w2:0", outputs="float[2,4,3,3] y", masks=False)
 
 
+def pools() -> Iterator[Case]:
+    """Global pooling over an axis that a layer makes, as layer normalization is written for it; over pixels, channels last."""
+    body = (
+        "q = QuantizeLinear (x, s, z) h = QLinearMatMul (q, s, z, w1, t, o, s, z) r = Reshape (h, there) "
+        f"p = {MS}.QLinearGlobalAveragePool (r, s, z, s, z) b = Reshape (p, back) n = {MS}.QLinearAdd (h, s, z, b, s, z, s, z) "
+        "e = QLinearMatMul (n, s, z, w2, t, o, s, z) y = DequantizeLinear (e, s, z)"
+    )
+    weights = QUANTIZED | {"w1": bytes_of(6, 8, kind=np.int8), "w2": bytes_of(8, 4, kind=np.int8), "there": [2, 5, 8, 1], "back": [2, 5, 1]}
+    told = {"masks": False, "outputs": "float[2,5,4] y"}
+    yield Case("QLinearGlobalAveragePool", "float[2,5,6] x", body, weights, "w1:1=8 w2:0=8", "w1:0", statistics=True, **told)
+    body = (
+        f"q = QuantizeLinear (x, s, z) h = QLinearConv (q, s, z, w1, t, o, s, z) t1 = Transpose <perm=[0,2,3,1]> (h) "
+        f"p = {MS}.QLinearAveragePool <channels_last=1, kernel_shape=[2,2], strides=[2,2]> (t1, s, z, s, z) "
+        f"g = {MS}.QLinearGlobalAveragePool <channels_last=1> (p, s, z, s, z) f = Flatten (g) "
+        "e = QLinearMatMul (f, s, z, w2, t, o, s, z) y = DequantizeLinear (e, s, z)"
+    )
+    weights = weights | {"w1": bytes_of(8, 3, 1, 1, kind=np.int8)}
+    told |= {"outputs": "float[2,4] y"}
+    yield Case("QLinearAveragePool-channels-last", "float[2,3,6,6] x", body, weights, "w1:0=8 w2:0=8", "w1:1", **told)
+
+
 def of_weights() -> Iterator[Case]:
     """Weights in blocks, attention and recurrent layers with quantized weights, float in and out."""
     rows = "float[2,5,6] x"
@@ -138,6 +159,6 @@ def of_weights() -> Iterator[Case]:
         )
 
 
-@pytest.mark.parametrize("case", [*operators(), *of_weights()], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*operators(), *pools(), *of_weights()], ids=lambda case: case.name)
 def test_quantized_rule(case: Case) -> None:
     test_op_rules.test_rule(case)

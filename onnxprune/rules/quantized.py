@@ -137,9 +137,13 @@ def qlinear_unary(site: Site) -> None:
 def qlinear_pool(site: Site) -> None:
     """(N, C, …), or (N, …, C) with channels_last."""
     x, y = site.x[0], site.y[0]
-    channel = -1 if site.get("channels_last", 0) else 1
-    site.same(x[0], y[0])
-    site.same(x[channel], y[channel])
+    if site.get("channels_last", 0):
+        x, y = channels_first(x), channels_first(y)
+    site.same_all(x[:2], y[:2])
+    if site.node.op_type == "QLinearGlobalAveragePool":
+        site.statistics(x[2:])
+    else:
+        site.fixed([*x[2:], *y[2:]], "spatial axis")
 
 
 @rule(f"{MS}:QLinearConcat")
