@@ -24,7 +24,7 @@ def mac_terms(model: Model) -> list[Term]:
     """
     terms: list[Term] = []
     for index, node in enumerate(model.nodes):
-        op = node.op_type
+        op = ALIKE.get(node.op_type, node.op_type)
         names = [n for n in (*node.input[:3], node.output[0] if node.output else "") if n]
         if op not in COUNTED or any(n not in model.shapes for n in names):
             continue
@@ -40,6 +40,10 @@ def mac_terms(model: Model) -> list[Term]:
             terms.append((1, (*y, x[0 if attributes(node).get("transA", 0) else 1]), made))
         elif op in ("MatMul", "MatMulInteger", "QLinearMatMul"):
             terms.append((1, (*y, x[-1]), made))
+        elif op in ATTENTION:
+            terms += [(f, axes, made) for f, axes in attention_products(site)]
+        elif op == "FusedMatMul":
+            terms.append((1, (*y, x[-2 if attributes(node).get("transA", 0) and len(x) > 1 else -1]), made))
         elif op == "Einsum":
             letters: dict[str, Axis] = {}
             equation = str(attributes(node)["equation"]).replace(" ", "").replace("...", "")
@@ -53,10 +57,30 @@ def mac_terms(model: Model) -> list[Term]:
     return terms
 
 
+ALIKE = {  # onnxruntime's own operators that compute the products of another
+    **dict.fromkeys(("FusedConv", "NhwcConv", "NhwcFusedConv"), "Conv"),
+    **dict.fromkeys(("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits"), "MatMul"),
+    **dict.fromkeys(("FusedMatMul", "TransposeMatMul"), "FusedMatMul"),
+    "DynamicQuantizeLSTM": "LSTM",
+    "FusedGemm": "Gemm",
+}
+ATTENTION = ("Attention", "GroupQueryAttention", "MultiHeadAttention", "QAttention")
 COUNTED = {
-    *("Conv", "ConvInteger", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "MatMulInteger"),
+    *ATTENTION,
+    *("Conv", "ConvInteger", "ConvTranspose", "Einsum", "FusedMatMul", "GRU", "Gemm", "LSTM", "MatMul", "MatMulInteger"),
     *("QLinearConv", "QGemm", "QLinearMatMul", "RNN"),
 }
+
+
+def attention_products(site: Site) -> list[tuple[float, tuple[Axis, ...]]]:
+    """Queries by keys and weights by values (without a past), and the projection where it is inside."""
+    q, k, y = site.x[0], site.x[1] if len(site.x) > 1 else [], site.y[0]
+    if len(k) == 2:  # a weight
+        return [(1, (*y[:2], *k)), (2, (*y, q[1]))]
+    if len(q) not in (3, 4) or len(k) not in (3, 4):  # packed
+        return [(2, (*y, q[1]))]
+    keys = k[1 if len(k) == 3 else 2]
+    return [(1, (*q, keys)), (1, (*y, keys))]
 
 
 def parameter_terms(model: Model) -> list[Term]:

@@ -88,7 +88,7 @@ def _reorder(site: Site, shuffle: Shuffle) -> None:
     site.same_all(x[: shuffle.axis], y[: shuffle.axis])
     site.same_all(x[shuffle.axis + 1 :], y[shuffle.axis + 1 :])
     site.take(x[shuffle.axis], y[shuffle.axis], shuffle.order)
-    site.mends.append(Reorder(site.index, x[shuffle.axis], y[shuffle.axis], shuffle.order))
+    site.mends.append(Reorder(site.index, tuple(x), tuple(y), shuffle.axis, shuffle.order))
 
 
 def _fix(relations: list[Relation], model: Model, names: Sequence[str], reason: str) -> None:

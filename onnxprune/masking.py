@@ -119,6 +119,24 @@ def _number(model: Model, node: NodeProto, position: int, default: Any = None) -
     return None if default is None else np.asarray(default)
 
 
+# Where integers are and where their zero points: a zero of the tensor is no zero of what it stands for
+_INTEGERS = {
+    "QLinearMatMul": ((0, 2), (3, 5)),
+    "QLinearConv": ((0, 2), (3, 5)),
+    "QGemm": ((0, 2), (3, 5)),
+    "MatMulInteger": ((0, 2), (1, 3)),
+    "ConvInteger": ((0, 2), (1, 3)),
+    "MatMulIntegerToFloat": ((0, 4), (1, 5)),
+    "DynamicQuantizeMatMul": ((1, 3),),
+}
+
+
+def _biased(model: Model, node: NodeProto) -> list[int]:
+    """The positions of integer inputs whose zero point is not known to be zero."""
+    points = {value: _number(model, node, point) for value, point in _INTEGERS.get(node.op_type, ())}
+    return [value for value, number in points.items() if number is not None and not (np.isfinite(number).all() and not number.any())]
+
+
 def excuses(grouping: Grouping) -> dict[int, str]:
     """{group id: why zeros in place of its units may differ from removing them}; no other group has a reason to.
 
@@ -139,6 +157,9 @@ def excuses(grouping: Grouping) -> dict[int, str]:
         outputs: set[int] = set().union(*(carried(name) for name in node.output if name))
         for group in outputs:
             if not keeps_zeros(node, [group in found for found in inputs], model):
+                shifted.setdefault(group, node)
+        for position in _biased(model, node):
+            for group in inputs[position]:
                 shifted.setdefault(group, node)
         if node.op_type in ("Shape", "Size"):
             continue

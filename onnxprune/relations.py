@@ -89,11 +89,12 @@ class Mend:
 
 @dataclass(frozen=True)
 class Reorder:
-    """The last node of a chain that only reorders an axis: it becomes Gather(source, order) where units of the axis go."""
+    """The last node of a chain that only reorders an axis: it becomes Gather(source, order) where any of the value's axes shrinks."""
 
     node: int
-    source: Axis
-    result: Axis
+    source: tuple[Axis, ...]
+    result: tuple[Axis, ...]
+    axis: int
     order: np.ndarray
 
 

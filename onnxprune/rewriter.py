@@ -247,13 +247,12 @@ class _Editor:
         node.input[1] = self._constant(picked.astype(number.dtype), node.input[1])
 
     def _reorder(self, mend: Reorder) -> None:
-        source, result = self.widths.mask(mend.source), self.widths.mask(mend.result)
-        if source is None and result is None:
+        if all(self.widths.mask(axis) is None for axis in (*mend.source, *mend.result)):
             return
-        node = self.nodes[mend.node]
-        name, axis = mend.source
-        order = self._constant(_renumbered(mend.order, source, [result]), node.output[0])
-        self.nodes[mend.node] = helper.make_node("Gather", [name, order], list(node.output), name=node.name, axis=axis)
+        node, axis = self.nodes[mend.node], mend.axis
+        order = _renumbered(mend.order, self.widths.mask(mend.source[axis]), [self.widths.mask(mend.result[axis])])
+        inputs = [mend.source[axis][0], self._constant(order, node.output[0])]
+        self.nodes[mend.node] = helper.make_node("Gather", inputs, list(node.output), name=node.name, axis=axis)
 
     def keep_data(self) -> None:
         """A size that reaches data (an attention scale) keeps its original number."""

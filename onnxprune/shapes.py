@@ -120,6 +120,12 @@ def _infer_at(
             static_everywhere = {name: tuple(True for _ in shape) for name, shape in known.items()}
         known |= _seen(proto, wanted, shapes, feeds)  # sizes that may depend on data
         folded = fold(nodes, constants, known, static_everywhere)
+    for value in (
+        *proto.graph.value_info,
+        *proto.graph.output,
+    ):  # of operators that neither onnx nor this onnxruntime knows the file may tell
+        if value.name in wanted and value.name not in known and _static(value):
+            known[value.name] = concrete(value, 0)
     return Inferred(known, folded)
 
 
@@ -158,7 +164,10 @@ def _onnx_shapes(
         if all(o in done for o in node.output if o):
             continue
         graph.node.add().CopyFrom(node)
-    result = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
+    try:
+        result = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
+    except onnx.shape_inference.InferenceError:  # an operator that onnx does not know in this opset: a run has to tell
+        result = skeleton
     shapes: dict[str, Shape] = {}
     static: dict[str, tuple[bool, ...]] = {}
     for value in result.graph.value_info:
@@ -196,6 +205,8 @@ def _seen(proto: ModelProto, wanted: set[str], shapes: Mapping[str, Shape], feed
     """Shapes of the values that only a run can tell; {} where the model does not run here (those axes stay unknown)."""
     import onnxruntime as ort
 
+    from onnxprune.running import as_float32, widened
+
     made = {o for n in proto.graph.node for o in n.output if o}
     probe = ModelProto()
     probe.CopyFrom(proto)
@@ -206,8 +217,12 @@ def _seen(proto: ModelProto, wanted: set[str], shapes: Mapping[str, Shape], feed
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     try:
-        session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
         given = {**seeded_feeds(proto, shapes), **(feeds or {})}
+        try:
+            session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except Exception:  # no kernels in its types
+            session = ort.InferenceSession(as_float32(probe).SerializeToString(), options, providers=["CPUExecutionProvider"])
+            given = {k: widened(v) for k, v in given.items()}
     except Exception:  # not a model for this onnxruntime, or inputs that are no tensors
         return {}
     try:

@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import test_op_rules
-from op_cases import Case, Weights
+from op_cases import Case, Weights, places
+from outside import build, covered
+
+import onnxprune
 
 MS = "com.microsoft"
 X = "float[2,5,6] x"
@@ -119,6 +123,130 @@ def fused() -> Iterator[Case]:
     yield Case("FusedConv", "float[2,3,6,6] x", body, kernel, "w1:0=8 b1:0=8 s:1=8 w2:1=8", outputs="float[2,4,6,6] y")
 
 
-@pytest.mark.parametrize("case", [*recurrent(), *attention(), *rotary(), *fused()], ids=lambda case: case.name)
+def sequences() -> Iterator[Case]:
+    """Attention whose tokens are made by a layer: a batch, queries and keys that are tied, and an order where it matters."""
+    turned = "t = MatMul (w1, x) q = MatMul (t, wq) k = MatMul (t, wk) v = MatMul (t, wv) "
+    weights: Weights = {"w1": (7, 5), "wq": (6, 24), "wk": (6, 24), "wv": (6, 24), "wo": (24, 4), "w2": (4, 7)}
+    plain = "q_num_heads=4, kv_num_heads=4"
+    body = f"{turned} a = Attention <{plain}> (q, k, v) o = MatMul (a, wo) y = MatMul (w2, o)"
+    yield Case("Attention-tokens", X, body, weights, "w1:0=7 w2:1=7 wq:1=4+6", "w1:1 w2:0", opset=23, statistics=None)
+    causal = body.replace(plain, f"{plain}, is_causal=1")
+    yield Case("Attention-causal-tokens", X, causal, weights, "wq:1=4+6", "w1:0 w2:1", opset=23)
+    masked = body.replace("(q, k, v)", "(q, k, v, m)")
+    yield Case("Attention-masked-tokens", X, masked, weights | {"m": (7, 7)}, "w1:0=7 w2:1=7 m:0=7 m:1=7", opset=23)
+    body = f"{QKV} a, pk, pv = Attention <{plain}> (q, k, v, , c, d) o = MatMul (a, wo) s = ReduceSum <keepdims=0> (pk, n) y = Add (o, s)"
+    past: Weights = {k: v for k, v in weights.items() if k not in ("w1", "w2")} | {"c": (2, 4, 3, 6), "d": (2, 4, 3, 6), "n": [1, 2, 3]}
+    body = body.replace("y = Add (o, s)", "r = Reshape (s, there) y = Add (o, r)")
+    covers = "wq:1=4+6 wk:1=4+6 c:1=4 c:3=6 d:1=4 d:3=6 wo:0=4+6"
+    yield Case("Attention-past", X, body, past | {"there": [2, 1, 1]}, covers, "c:0 d:0", opset=23)
+    body = f"{turned} a = {MS}.MultiHeadAttention <num_heads=4> (q, k, v) o = MatMul (a, wo) y = MatMul (w2, o)"
+    yield Case("MultiHeadAttention-tokens", X, body, weights, "w1:0=7 w2:1=7 wq:1=4+6", **Y | {"outputs": "float[2,4,4] y"})
+    body = body.replace("num_heads=4", "num_heads=4, unidirectional=1")
+    yield Case("MultiHeadAttention-causal-tokens", X, body, weights, "wq:1=4+6", "w1:0 w2:1", **Y | {"outputs": "float[2,4,4] y"})
+    body = f"t = MatMul (w1, x) a = {MS}.Attention <num_heads=4> (t, w, b) o = MatMul (a, wo) y = MatMul (w2, o)"
+    packed: Weights = {"w1": (7, 5), "w": (6, 72), "b": (72,), "wo": (24, 4), "w2": (4, 7)}
+    yield Case("packed-Attention-tokens", X, body, packed, "w1:0=7 w2:1=7 w:1 b:0", "w:0", **Y | {"outputs": "float[2,4,4] y"})
+    training = "m = Conv (x, w1) n, u, v = BatchNormalization <training_mode=1> (m, s, s, s, s) y = Conv (n, w2)"
+    layers: Weights = {"w1": (8, 3, 1, 1), "w2": (4, 8, 1, 1), "s": (8,)}
+    yield Case("BatchNormalization-training", "float[2,3,6,6] x", training, layers, "w1:0=8 s:0=8 w2:1=8")
+
+
+def more_fused() -> Iterator[Case]:
+    body = f"h = MatMul (x, w1) z = {MS}.ScaledSiLU <alpha=1.5> (h) y = MatMul (z, w2)"
+    yield Case("ScaledSiLU", X, body, {"w1": (6, 8), "w2": (8, 4)}, "w1:1=8 w2:0=8", **Y)
+    body = f"h = MatMul (x, w1) z = {MS}.QuickGelu (h) y = MatMul (z, w2)"  # a shape that only a run in another type tells
+    wide: Weights = {"w1": np.random.default_rng(0).standard_normal((6, 8)), "w2": np.random.default_rng(1).standard_normal((8, 4))}
+    yield Case("QuickGelu-double", "double[2,5,6] x", body, wide, "w1:1=8 w2:0=8", outputs="double[2,5,4] y", runs=False)
+    body = f"h = {MS}.TransposeMatMul <transB=1> (x, w1) y = MatMul (h, w2)"
+    yield Case("TransposeMatMul", X, body, {"w1": (8, 6), "w2": (8, 4)}, "w1:0=8 w2:0=8", **Y)
+    body = f"h = MatMul (x, w1) e = {MS}.ExpandDims (h, at) s = Squeeze (e, one) y = MatMul (s, w2)"
+    yield Case("ExpandDims", X, body, {"w1": (6, 8), "w2": (8, 4), "at": np.array(1, np.int32), "one": [1]}, "w1:1=8 w2:0=8", **Y)
+    body = f"h = Conv (x, w1) t = {MS}.Trilu (h) z = {MS}.GridSample (t, g) y = Conv (z, w2)"
+    kernel: Weights = {"w1": (8, 3, 1, 1), "w2": (4, 8, 1, 1), "g": (2, 4, 5, 2)}
+    yield Case("Trilu-GridSample", "float[2,3,6,6] x", body, kernel, "w1:0=8 w2:1=8", "g:1 g:2", outputs="float[2,4,4,5] y")
+
+
+def streaming() -> Iterator[Case]:
+    """Layers of state-space models and experts."""
+    turn = "h = MatMul (x, w1) t = Transpose <perm=[0,2,1]> (h)"
+    back = "b = Transpose <perm=[0,2,1]> (c) y = MatMul (b, w2)"
+    layers: Weights = {"w1": (6, 8), "w2": (8, 4), "k": (8, 1, 3), "e": (8,), "s": (2, 8, 2)}
+    body = f'{turn} c, n = {MS}.CausalConvWithState <activation="silu"> (t, k, e, s) {back}'
+    yield Case("CausalConvWithState", X, body, layers, "w1:1=8 k:0=8 e:0=8 s:1=8 w2:0=8", "w1:0 k:2", **Y)
+    few: Weights = {"wq": (6, 24), "wk": (6, 12), "wv": (6, 16), "wo": (32, 4)}
+    attributes = 'q_num_heads=4, kv_num_heads=2, update_rule="linear"'
+    body = f"{QKV} a, n = {MS}.LinearAttention <{attributes}> (q, k, v) y = MatMul (a, wo)"
+    yield Case("LinearAttention", X, body, few, "wq:1 wk:1=2+6 wv:1=2+8 wo:0", "wq:0 wo:1", **Y)
+    whole: Weights = {"wq": (6, 24), "wk": (6, 24), "wv": (6, 32), "wo": (32, 4), "wd": (6, 4), "wb": (6, 4), "s": (2, 4, 6, 8)}
+    whole |= {"dt": (4,), "da": -np.ones(4, np.float32)}
+    gates = f"f = MatMul (x, wd) r = MatMul (x, wb) d, b = {MS}.LinearAttentionGate (f, dt, da, r)"
+    attributes = 'q_num_heads=4, kv_num_heads=4, update_rule="gated_delta"'
+    body = f"{QKV} {gates} a, n = {MS}.LinearAttention <{attributes}> (q, k, v, s, d, b) y = MatMul (a, wo)"
+    covers = "wq:1=4+6 wk:1=4+6 wv:1=4+8 wo:0=4+8 wd:1=4 wb:1=4 s:1=4 s:2=6 s:3=8 dt:0=4 da:0=4"
+    yield Case("LinearAttention-gated", X, body, whole, covers, "s:0", **Y)
+    body = f"h = MatMul (x, w1) g = MatMul (x, v1) n = {MS}.GatedRMSNorm (h, s, g) y = MatMul (n, w2)"
+    normed: Weights = {"w1": (6, 12), "v1": (6, 12), "s": (4,), "w2": (12, 4)}
+    yield Case("GatedRMSNorm", X, body, normed, "w1:1=3+4 v1:1=3+4 s:0=4 w2:0=3+4", **Y)
+    expert: Weights = {
+        "w1": (6, 8),
+        "wr": (6, 3),
+        "f": (3, 12, 8),
+        "fb": (3, 12),
+        "g": (3, 8, 12),
+        "gb": (3, 8),
+        "w2": (8, 4),
+        "flat": [10, 3],
+    }
+    routed = "h = MatMul (x, w1) p = MatMul (x, wr) r = Reshape (p, flat)"
+    body = f'{routed} m = {MS}.MoE <k=2, activation_type="gelu", normalize_routing_weights=1> (h, r, f, fb, g, gb) y = MatMul (m, w2)'
+    covers = "w1:1=8 f:1=12 fb:1=12 g:2=12 f:2=8 g:1=8 gb:1=8 w2:0=8"
+    yield Case("MoE", X, body, expert, covers, "wr:1 f:0 g:0", **Y)
+    attributes = 'k=2, activation_type="swiglu", swiglu_fusion=1, normalize_routing_weights=1'
+    body = f"{routed} m = {MS}.MoE <{attributes}> (h, r, f, fb, g, gb) y = MatMul (m, w2)"
+    yield Case("MoE-swiglu", X, body, expert | {"f": (3, 24, 8), "fb": (3, 24)}, covers, "wr:1", **Y)
+
+
+NHWC = "float[2,6,6,3] x"
+NO_KERNEL = {  # nodes, the shapes of their values, weights, what is covered
+    "NhwcFusedConv": (
+        f'h = {MS}.NhwcFusedConv <activation="Relu"> (x, w1, b1) y = {MS}.NhwcConv (h, w2)',
+        "float[2,6,6,8] h",
+        {"w1": (8, 3, 1, 1), "b1": (8,), "w2": (4, 8, 1, 1)},
+        "w1:0=8 b1:0=8 w2:1=8",
+    ),
+    "GroupNorm": (
+        f"h = MatMul (x, w1) n = {MS}.GroupNorm <groups=2> (h, g, b) y = MatMul (n, w2)",
+        "float[2,6,6,8] n",
+        {"w1": (3, 8), "g": (8,), "b": (8,), "w2": (8, 4)},
+        "w1:1=2+4 g:0=2+4 b:0=2+4 w2:0=2+4",
+    ),
+    "SkipGroupNorm": (
+        f"h = MatMul (x, w1) k = MatMul (x, v1) n, s = {MS}.SkipGroupNorm <groups=2> (h, g, b, k, e) a = Add (n, s) y = MatMul (a, w2)",
+        "float[2,6,6,8] n, float[2,6,6,8] s, float[2,6,6,8] a",
+        {"w1": (3, 8), "v1": (3, 8), "g": (8,), "b": (8,), "e": (8,), "w2": (8, 4)},
+        "w1:1=2+4 v1:1=2+4 g:0=2+4 e:0=2+4 w2:0=2+4",
+    ),
+    "BiasSplitGelu": (
+        f"f = Reshape (x, rows) h = MatMul (f, w1) n = {MS}.BiasSplitGelu (h, b) z = MatMul (n, w2) y = {MS}.BiasAdd (z, c, z)",
+        "float[2,36,8] n, float[2,36,4] z",
+        {"rows": [2, 36, 3], "w1": (3, 16), "b": (16,), "w2": (8, 4), "c": (4,)},
+        "w1:1=8 b:0=8 w2:0=8",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_KERNEL)
+def test_without_a_kernel_the_file_tells_the_shapes(name: str) -> None:
+    body, values, weights, covers = NO_KERNEL[name]
+    model = build(NHWC, body, "float[2,6,6,4] y" if name != "BiasSplitGelu" else "float[2,36,4] y", weights)
+    model.graph.value_info.extend(onnx.parser.parse_graph(f"g ({values}) => (float y) {{ y = Relu (n) }}").input)
+    found = covered(onnxprune.groups(model, verify=False).to_json())
+    for place, units in places(covers).items():
+        assert sorted(found.get(place, [])) == units, place
+
+
+@pytest.mark.parametrize(
+    "case", [*recurrent(), *attention(), *rotary(), *fused(), *sequences(), *more_fused(), *streaming()], ids=lambda case: case.name
+)
 def test_fused_rule(case: Case) -> None:
     test_op_rules.test_rule(case)

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import test_op_rules
 from conftest import EVAL, MODELS
 from onnxruntime import quantization
+from op_cases import Case, Weights
 from outside import covered, distance, permuted, run
 
 import onnxprune
@@ -59,3 +61,104 @@ def test_quantized_models(name: str, how: str, per_channel: bool, tmp_path: Path
     assert all(np.isfinite(v).all() for v in left.values())
     before = {t.name: t.data_type for t in model.graph.initializer}
     assert all(before.get(t.name, t.data_type) == t.data_type for t in result.model.graph.initializer)
+
+
+MS = "com.microsoft"
+RNG = np.random.default_rng(5)
+
+
+def bytes_of(*shape: int, kind: type = np.uint8) -> np.ndarray:
+    return RNG.integers(np.iinfo(kind).min, np.iinfo(kind).max, shape, endpoint=True).astype(kind)
+
+
+def number(value: float, kind: type = np.float32) -> np.ndarray:
+    return np.array(value, kind)
+
+
+QUANTIZED: Weights = {"s": number(0.02), "z": number(3, np.uint8), "o": number(0, np.int8), "t": number(0.004)}
+
+
+def operators() -> Iterator[Case]:
+    """x -> QuantizeLinear -> the operator between quantized layers -> DequantizeLinear."""
+    rows, images = "float[2,5,6] x", "float[2,3,6,6] x"
+    first = "q = QuantizeLinear (x, s, z) h = QLinearMatMul (q, s, z, w1, t, o, s, z) "
+    last = " e = QLinearMatMul (n, s, z, w2, t, o, s, z) y = DequantizeLinear (e, s, z)"
+    weights = QUANTIZED | {"w1": bytes_of(6, 8, kind=np.int8), "w2": bytes_of(8, 4, kind=np.int8)}
+    told = {"outputs": "float[2,5,4] y", "masks": False}
+    for opset in (11, 13):
+        softmax = f"n = {MS}.QLinearSoftmax <axis=-1, opset={opset}> (h, s, z, s, z)"
+        yield Case(f"QLinearSoftmax-{opset}", rows, first + softmax + last, weights, "w1:1=8 w2:0=8", "w1:0 w2:1", statistics=True, **told)
+    where = f"n = {MS}.QLinearWhere (c, h, s, z, v, s, z, s, z)"
+    more = weights | {"c": RNG.integers(0, 2, (5, 8)).astype(bool), "v": bytes_of(8)}
+    yield Case("QLinearWhere", rows, first + where + last, more, "w1:1=8 c:1=8 v:0=8 w2:0=8", "c:0", **told)
+    kernels = QUANTIZED | {
+        "w1": bytes_of(8, 3, 1, 1, kind=np.int8),
+        "w2": bytes_of(4, 8, 1, 1, kind=np.int8),
+        "b": np.arange(8, dtype=np.int32),
+    }
+    kernels |= {"t": RNG.uniform(0.002, 0.006, 8).astype(np.float32), "o": np.zeros(8, np.int8)}
+    body = (
+        f"u = QuantizeLinear (x, s, z) q = Transpose <perm=[0,2,3,1]> (u) "
+        f"h = {MS}.QLinearConv <channels_last=1> (q, s, z, w1, t, o, s, z, b) "
+        f"m = {MS}.NhwcMaxPool <kernel_shape=[2,2], strides=[2,2]> (h) "
+        f"e = {MS}.QLinearConv <channels_last=1> (m, s, z, w2, t2, o2, s, z) "
+        "d = Transpose <perm=[0,3,1,2]> (e) y = DequantizeLinear (d, s, z)"
+    )
+    kernels |= {"t2": number(0.004), "o2": number(0, np.int8)}
+    covers = "w1:0=8 b:0=8 t:0=8 o:0=8 w2:1=8"
+    yield Case("QLinearConv-channels-last", images, body, kernels, covers, "w1:1 w2:0", outputs="float[2,4,3,3] y", masks=False)
+
+
+def pools() -> Iterator[Case]:
+    """Global pooling over an axis that a layer makes, as layer normalization is written for it; over pixels, channels last."""
+    body = (
+        "q = QuantizeLinear (x, s, z) h = QLinearMatMul (q, s, z, w1, t, o, s, z) r = Reshape (h, there) "
+        f"p = {MS}.QLinearGlobalAveragePool (r, s, z, s, z) b = Reshape (p, back) n = {MS}.QLinearAdd (h, s, z, b, s, z, s, z) "
+        "e = QLinearMatMul (n, s, z, w2, t, o, s, z) y = DequantizeLinear (e, s, z)"
+    )
+    weights = QUANTIZED | {"w1": bytes_of(6, 8, kind=np.int8), "w2": bytes_of(8, 4, kind=np.int8), "there": [2, 5, 8, 1], "back": [2, 5, 1]}
+    told = {"masks": False, "outputs": "float[2,5,4] y"}
+    yield Case("QLinearGlobalAveragePool", "float[2,5,6] x", body, weights, "w1:1=8 w2:0=8", "w1:0", statistics=True, **told)
+    body = (
+        f"q = QuantizeLinear (x, s, z) h = QLinearConv (q, s, z, w1, t, o, s, z) t1 = Transpose <perm=[0,2,3,1]> (h) "
+        f"p = {MS}.QLinearAveragePool <channels_last=1, kernel_shape=[2,2], strides=[2,2]> (t1, s, z, s, z) "
+        f"g = {MS}.QLinearGlobalAveragePool <channels_last=1> (p, s, z, s, z) f = Flatten (g) "
+        "e = QLinearMatMul (f, s, z, w2, t, o, s, z) y = DequantizeLinear (e, s, z)"
+    )
+    weights = weights | {"w1": bytes_of(8, 3, 1, 1, kind=np.int8)}
+    told |= {"outputs": "float[2,4] y"}
+    yield Case("QLinearAveragePool-channels-last", "float[2,3,6,6] x", body, weights, "w1:0=8 w2:0=8", "w1:1", **told)
+
+
+def of_weights() -> Iterator[Case]:
+    """Weights in blocks, attention and recurrent layers with quantized weights, float in and out."""
+    rows = "float[2,5,6] x"
+    for flat in (False, True):
+        shape = (lambda *sizes: (int(np.prod(sizes)),)) if flat else (lambda *sizes: sizes)
+        packed: Weights = {"w1": (6, 32), "b": bytes_of(8, 2, 8), "w2": (8, 4), "e": (8,)}
+        packed |= {"s": RNG.uniform(0.01, 0.1, shape(8, 2)).astype(np.float32), "z": bytes_of(*shape(8, 1))}
+        body = f"h = MatMul (x, w1) n = {MS}.MatMulNBits <K=32, N=8, bits=4, block_size=16> (h, b, s, z, , e) y = MatMul (n, w2)"
+        covers = "b:0=8 s:0 z:0=8 e:0=8 w2:0=8"
+        yield Case(f"MatMulNBits-{flat}", rows, body, packed, covers, "w1:1 b:1 b:2", outputs="float[2,5,4] y")
+    attention = QUANTIZED | {
+        "w": bytes_of(6, 72, kind=np.int8),
+        "b": (72,),
+        "wo": (24, 4),
+        "t": RNG.uniform(0.002, 0.006, 72).astype(np.float32),
+    }
+    attention |= {"o": np.zeros(72, np.int8)}
+    body = f"q = QuantizeLinear (x, s, z) a = {MS}.QAttention <num_heads=4> (q, w, b, s, t, , z, o) y = MatMul (a, wo)"
+    yield Case("QAttention", rows, body, attention, "w:1 b:0 t:0 o:0 wo:0=4+6", "w:0", outputs="float[2,5,4] y", tolerance=1e-3)
+    state: Weights = {"w": bytes_of(1, 6, 28, kind=np.int8), "r": bytes_of(1, 7, 28, kind=np.int8), "b": (1, 56), "wo": (7, 4)}
+    for name, scale, zero in (("", (1,), (1,)), ("-columns", (1, 28), (1, 28))):
+        scales: Weights = {"sw": RNG.uniform(0.002, 0.006, scale).astype(np.float32), "zw": np.zeros(zero, np.int8)}
+        body = f"h, n, c = {MS}.DynamicQuantizeLSTM <hidden_size=7> (x, w, r, b, , , , , sw, zw, sw, zw) y = MatMul (n, wo)"
+        covers = "w:2=7 r:1=7 r:2=7 b:1=7 wo:0=7" + (" sw:1=7" if name else "")
+        yield Case(
+            f"DynamicQuantizeLSTM{name}", "float[5,2,6] x", body, state | scales, covers, "w:1", outputs="float[1,2,4] y", masks=False
+        )
+
+
+@pytest.mark.parametrize("case", [*operators(), *pools(), *of_weights()], ids=lambda case: case.name)
+def test_quantized_rule(case: Case) -> None:
+    test_op_rules.test_rule(case)

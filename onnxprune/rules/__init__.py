@@ -1,5 +1,31 @@
 """The op rules, one module a family; importing the package registers them all."""
 
-from onnxprune.rules import attention, elementwise, layers, movement, norms, quantized, recurrent, reductions, slicing
+from onnxprune.rules import (
+    attention,
+    elementwise,
+    indexing,
+    layers,
+    movement,
+    norms,
+    quantized,
+    recurrent,
+    reductions,
+    signals,
+    slicing,
+    streaming,
+)
 
-__all__ = ["attention", "elementwise", "layers", "movement", "norms", "quantized", "recurrent", "reductions", "slicing"]
+__all__ = [
+    "attention",
+    "elementwise",
+    "indexing",
+    "layers",
+    "movement",
+    "norms",
+    "quantized",
+    "recurrent",
+    "reductions",
+    "signals",
+    "slicing",
+    "streaming",
+]

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from onnxprune.relations import Axis, Site, rule
 
 UNARY = """
-    Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid HardSwish
+    Abs Acos Acosh Asin Asinh Atan Atanh BitCast BitwiseNot Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid HardSwish
     Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus
-    Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast Clip
+    Softsign Sqrt Swish Tan Tanh ThresholdedRelu Cast Clip ai.onnx.ml:Binarizer
 """.split()
 VARIADIC = """
     Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod
-    Mul Or Pow PRelu Sub Sum Where Xor
+    Mul Or Pow PRelu Sub Sum SwiGLU Where Xor
 """.split()
 
 
@@ -52,7 +52,18 @@ def dropout(site: Site) -> None:
         site.same_all(site.x[0], output)
 
 
-@rule(*(f"com.microsoft:{op}" for op in ("BiasGelu", "FastGelu", "Gelu", "QuickGelu")))
+@rule(*(f"com.microsoft:{op}" for op in ("BiasAdd", "BiasGelu", "FastGelu", "Gelu", "QuickGelu", "ScaledSiLU")))
 def fused_activation(site: Site) -> None:
-    """x, perhaps plus a bias along the last axis, through an activation."""
+    """x, perhaps plus a bias along the last axis and a skip, through an activation."""
     broadcast(site, site.x, site.y[0])
+
+
+@rule("com.microsoft:BiasSplitGelu")
+def bias_split_gelu(site: Site) -> None:
+    """(N, S, 2·D) plus a bias -> one half times the Gelu of the other, (N, S, D)."""
+    x, y = site.x[0], site.y[0]
+    two = site.new(2)
+    site.fixed([two], "the halves of BiasSplitGelu")
+    site.same_all(x[:-1], y[:-1])
+    site.same(site.x[1][0], x[-1])
+    site.product([x[-1]], [two, y[-1]])

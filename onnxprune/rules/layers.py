@@ -51,6 +51,19 @@ def conv(site: Site) -> None:
         site.same_all(site.x[3], site.y[0])
 
 
+def channels_first(axes: Sequence[Axis]) -> list[Axis]:
+    """(N, …, C) as (N, C, …)."""
+    return [*axes[:1], *axes[-1:], *axes[1:-1]]
+
+
+@rule("com.microsoft:NhwcConv", "com.microsoft:NhwcFusedConv")
+def nhwc_conv(site: Site) -> None:
+    """x and y (N, …, C), w as of Conv; NhwcFusedConv adds a value of the output's shape."""
+    convolution(site, channels_first(site.x[0]), site.x[1], channels_first(site.y[0]), site.x[2] if site.has(2) else [])
+    if site.has(3):
+        site.same_all(site.x[3], site.y[0])
+
+
 @rule("ConvTranspose")
 def conv_transpose(site: Site) -> None:
     """x (N, groups·i, …), w (groups·i, o, kernel…), b (groups·o) -> y (N, groups·o, …)."""
@@ -66,6 +79,21 @@ def conv_transpose(site: Site) -> None:
     site.fixed(w[2:], "kernel axis")
     if site.size(groups) > 1:
         site.mend("group", {0: [groups]})
+
+
+@rule("DeformConv")
+def deform_conv(site: Site) -> None:
+    """A convolution with offset (N, offset_group·kernel·rank, …) and mask (N, offset_group·kernel, …) for runs of input channels."""
+    x, w, y = site.x[0], site.x[1], site.y[0]
+    convolution(site, x, w, y, site.x[3] if site.has(3) else [])
+    for axes in (site.x[2], site.x[4] if site.has(4) else []):
+        site.same_all(axes[:1], x[:1])
+        site.fixed(axes[1:], "an offset for each place of the kernel")
+    several = site.get("offset_group", 1)
+    if several > 1:
+        runs = site.new(several)
+        site.fixed([runs], "offset groups")
+        site.product([x[1]], [runs, site.new(site.size(x[1]) // several)])
 
 
 def gemm_product(site: Site, a: Sequence[Axis], b: Sequence[Axis], c: Sequence[Axis], y: Sequence[Axis]) -> None:
@@ -95,11 +123,11 @@ def matrix_product(site: Site, a: Sequence[Axis], b: Sequence[Axis], result: Seq
     site.same_all(b[:-2][::-1], y[::-1])
 
 
-@rule("MatMul", "com.microsoft:FusedMatMul")
+@rule("MatMul", *(f"com.microsoft:{op}" for op in ("FusedMatMul", "TransposeMatMul")))
 def matmul(site: Site) -> None:
-    """FusedMatMul transposes what it is told to."""
+    """The fused ones transpose what they are told to."""
     a, b = list(site.x[0]), list(site.x[1])
-    for axes, flag in ((a, "transA"), (b, "transB")):  # FusedMatMul
+    for axes, flag in ((a, "transA"), (b, "transB")):
         if site.get(flag) and len(axes) > 1:
             axes[-2:] = axes[:-3:-1]
     if site.get("transBatchA") or site.get("transBatchB"):

@@ -61,7 +61,7 @@ def flatten(site: Site) -> None:
     regroup(site, x[axis:], y[1:])
 
 
-@rule("Squeeze", "Unsqueeze")
+@rule("Squeeze", "Unsqueeze", "com.microsoft:ExpandDims")
 def squeeze(site: Site) -> None:
     """Axes of size 1 come and go; the others keep their order.  Squeeze without axes takes those that are 1 now, and no others."""
     x = site.x[0]
@@ -99,11 +99,36 @@ def space_to_depth(site: Site) -> None:
     site.fixed([tall, wide, *x[2:], *y[2:]], "spatial axis")
 
 
+@rule("Col2Im")
+def col_to_im(site: Site) -> None:
+    """(N, C·kernel, places) -> (N, C, …): overlapping columns are added."""
+    x, y = site.x[0], site.y[0]
+    kernel = site.new(site.size(x[1]) // site.size(y[1]))
+    site.same(x[0], y[0])
+    site.product([x[1]], [y[1], kernel])
+    site.fixed([kernel, x[2], *y[2:]], "spatial axis")
+
+
+@rule("CenterCropPad")
+def center_crop_pad(site: Site) -> None:
+    """Cropped and padded axes keep their middle, which shifts with every index that goes."""
+    x, y = site.x[0], site.y[0]
+    target = site.number(1)
+    named = [a % len(x) for a in site.get("axes") or range(len(x))]
+    passing = [i for i in range(len(x)) if i not in named or (target is not None and site.size(x[i]) == site.size(y[i]))]
+    site.same_all([x[i] for i in passing], [y[i] for i in passing])
+    site.fixed([axes[i] for axes in (x, y) for i in named if i not in passing], "cropped or padded around its middle")
+    site.mend(1, {k: [y[i]] for k, i in enumerate(named)})
+
+
 @rule("Resize", "Upsample")
 def resize(site: Site) -> None:
     """Axes that keep their size pass (a scale of 1), the others are interpolated."""
     x, y = site.x[0], site.y[0]
     shifts = site.get("coordinate_transformation_mode") in ("tf_crop_and_resize", "tf_half_pixel_for_nn")
+    if site.get("keep_aspect_ratio_policy", "stretch") != "stretch" and site.has(3):
+        named = [a % len(x) for a in site.get("axes") or range(len(x))]
+        site.fixed([axes[i] for axes in (x, y) for i in named], "one scale for several axes")
     passing = {i for i in range(len(x)) if site.size(x[i]) == site.size(y[i]) and (i < 2 or not shifts)}
     site.same_all([x[i] for i in passing], [y[i] for i in passing])
     site.fixed([a for axes in (x, y) for i, a in enumerate(axes) if i not in passing], "spatial axis")
@@ -112,10 +137,13 @@ def resize(site: Site) -> None:
         site.mend(3, {k: [y[a]] for k, a in enumerate(axes)})
 
 
-@rule("GridSample")
+@rule("GridSample", "com.microsoft:GridSample")
 def grid_sample(site: Site) -> None:
-    site.same_all(site.x[0][:2], site.y[0][:2])
-    site.fixed([*site.x[0][2:], *site.x[1], *site.y[0][2:]], "spatial axis")
+    """X (N, C, …), a place in it for each output (N, …, r) -> (N, C, …)."""
+    grid, y = site.x[1], site.y[0]
+    site.same_all(site.x[0][:2], y[:2])
+    site.same_all(grid[:-1], [y[0], *y[2:]])
+    site.fixed([*site.x[0][2:], grid[-1]], "places that the grid names")
 
 
 @rule("Shape", "Size")
@@ -129,6 +157,9 @@ def shape(site: Site) -> None:
 def constant_of_shape(site: Site) -> None:
     """The same value everywhere: any index may go."""
     y = site.y[0]
+    if site.number(0) is None:
+        site.fixed(y, "a shape that depends on data")
+        return
     site.product(y, y) if y else None
     site.mend(0, {i: [axis] for i, axis in enumerate(y)})
 

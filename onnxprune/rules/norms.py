@@ -7,9 +7,11 @@ from onnxprune.relations import Site, rule
 
 @rule("BatchNormalization")
 def batch_normalization(site: Site) -> None:
-    """Running statistics, a channel each: nothing is shared between channels."""
+    """Running statistics, a channel each: nothing is shared between channels; in training over the other axes."""
     x = site.x[0]
     site.same_all(x, site.y[0])
+    if site.get("training_mode") or (site.opset < 7 and not site.get("is_test")):
+        site.statistics([*x[:1], *x[2:]])
     for parameter in site.x[1:]:
         site.same_all(parameter, x[1:2])
     for running in site.y[1:]:
@@ -53,6 +55,24 @@ def group_normalization(site: Site) -> None:
     site.mend("num_groups", {0: [groups]})
 
 
+@rule("com.microsoft:GroupNorm", "com.microsoft:SkipGroupNorm")
+def fused_group_norm(site: Site) -> None:
+    """Group normalization of x, or of x + skip + bias; (N, …, C) unless channels_last is 0, the skip may be (N, C)."""
+    x, y, place = site.x[0], site.y[0], -1 if site.get("channels_last", 1) else 1
+    groups = site.new(site.get("groups"))
+    inner = site.new(site.size(x[place]) // site.size(groups))
+    site.product([x[place]], [groups, inner])
+    for axes in site.y:
+        site.same_all(x, axes)
+    site.statistics([inner, *(a for a in x[1:] if a != x[place])])
+    for parameter in (*site.x[1:3], *site.x[4:5]):
+        site.same_all(parameter, [x[place]])
+    if site.has(3):
+        skip = site.x[3]
+        site.same_all(skip, [x[0], x[place]] if len(skip) == 2 else y)
+    site.mend("groups", {0: [groups]})
+
+
 @rule("LpNormalization", "Softmax", "LogSoftmax", "MeanVarianceNormalization")
 def over_axis(site: Site) -> None:
     """Every element is divided by (or compared with) its neighbours along an axis; before opset 13, along all the later ones."""
@@ -69,8 +89,10 @@ def over_axis(site: Site) -> None:
 @rule("Hardmax")
 def hardmax(site: Site) -> None:
     """One at the first largest place: the order matters where two are alike."""
-    site.same_all(site.x[0], site.y[0])
-    site.fixed(site.x[0], "Hardmax takes the first of equals")
+    x, old = site.x[0], site.opset < 13
+    axis = site.get("axis", 1 if old else -1) % len(x)
+    site.same_all(x, site.y[0])
+    site.fixed(x[axis:] if old else [x[axis]], "Hardmax takes the first of equals")
 
 
 @rule("LRN")
@@ -93,7 +115,7 @@ def skip_layer_normalization(site: Site) -> None:
         site.same_all(axes, x)
 
 
-@rule("com.microsoft:EmbedLayerNormalization")
+@rule("com.microsoft:EmbedLayerNormalization", "com.microsoft:QEmbedLayerNormalization")
 def embed_layer_normalization(site: Site) -> None:
     """Word, position and segment embeddings (rows, H) added and normalized over H."""
     hidden = site.y[0][-1]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from onnxprune.relations import Axis, Site, rule
 from onnxprune.rules.elementwise import broadcast
-from onnxprune.rules.layers import convolution, gemm_product, matrix_product
+from onnxprune.rules.layers import channels_first, convolution, gemm_product, matrix_product
 
 MS = "com.microsoft"
 
@@ -39,11 +39,13 @@ def dynamic_quantize(site: Site) -> None:
     site.statistics(site.x[0])
 
 
-@rule("QLinearConv")
+@rule("QLinearConv", f"{MS}:QLinearConv")
 def qlinear_conv(site: Site) -> None:
-    """x, its scale and zero point, w, its (a value an output channel), y's, b."""
-    w = site.x[3]
-    convolution(site, site.x[0], w, site.y[0], site.x[8] if site.has(8) else [])
+    """x, its scale and zero point, w, its (a value an output channel), y's, b; onnxruntime's may have channels last."""
+    x, w, y = site.x[0], site.x[3], site.y[0]
+    if site.get("channels_last", 0):
+        x, y = channels_first(x), channels_first(y)
+    convolution(site, x, w, y, site.x[8] if site.has(8) else [])
     along(site, (4, 5), w[0])
 
 
@@ -61,7 +63,7 @@ def qlinear_matmul(site: Site) -> None:
     along(site, (4, 5), site.x[3][-1])
 
 
-@rule("MatMulInteger", f"{MS}:MatMulIntegerToFloat", f"{MS}:DynamicQuantizeMatMul")
+@rule("MatMulInteger", f"{MS}:MatMulInteger16", f"{MS}:MatMulIntegerToFloat", f"{MS}:DynamicQuantizeMatMul")
 def matmul_integer(site: Site) -> None:
     """a and b, then what belongs to b's columns: zero points, scales and a bias; a float a is quantized by its extremes."""
     matrix_product(site, site.x[0], site.x[1], site.y[0])
@@ -83,6 +85,49 @@ def qlinear_binary(site: Site) -> None:
     broadcast(site, (site.x[0], site.x[3]), site.y[0])
 
 
+@rule(f"{MS}:QLinearWhere")
+def qlinear_where(site: Site) -> None:
+    """The condition, X and Y at positions 0, 1 and 4, broadcast."""
+    broadcast(site, (site.x[0], site.x[1], site.x[4]), site.y[0])
+
+
+@rule(f"{MS}:QLinearSoftmax")
+def qlinear_softmax(site: Site) -> None:
+    """Over `axis`, before opset 13 over all the later ones too."""
+    x, axis = site.x[0], site.get("axis", -1) % len(site.x[0])
+    site.same_all(x, site.y[0])
+    site.statistics(x[axis:] if site.get("opset", 13) < 13 else [x[axis]])
+
+
+@rule(f"{MS}:NhwcMaxPool")
+def nhwc_max_pool(site: Site) -> None:
+    x, y = site.x[0], site.y[0]
+    site.same_all([x[0], x[-1]], [y[0], y[-1]])
+    site.fixed([*x[1:-1], *y[1:-1]], "spatial axis")
+
+
+@rule(f"{MS}:MatMulNBits")
+def matmul_nbits(site: Site) -> None:
+    """a (…, K), b (N, blocks of K, bytes), scales and zero points (N, blocks) or flat, bias (N) -> (…, N); blocks of K stay."""
+    a, b, y = site.x[0], site.x[1], site.y[0]
+    site.same_all(a[:-1], y[:-1])
+    site.same(b[0], y[-1])
+    site.fixed([a[-1], *b[1:]], "quantized in blocks")
+    for parameter in site.x[2:4]:
+        if len(parameter) == 1 and site.size(parameter[0]) > site.size(b[0]):
+            blocks = site.new(site.size(parameter[0]) // site.size(b[0]))
+            site.fixed([blocks], "quantized in blocks")
+            site.product(parameter, [b[0], blocks])
+        else:
+            site.same_all(parameter[:1], b[:1])
+            site.fixed(parameter[1:], "quantized in blocks")
+    if site.has(4) or site.get("weight_prepacked"):
+        site.fixed([b[0]], "weights packed in an order of their own")
+    if site.has(5):
+        site.same(site.x[5][0], b[0])
+    site.mend("N", {0: [b[0]]})
+
+
 @rule(f"{MS}:QLinearSigmoid", f"{MS}:QLinearLeakyRelu")
 def qlinear_unary(site: Site) -> None:
     site.same_all(site.x[0], site.y[0])
@@ -92,11 +137,13 @@ def qlinear_unary(site: Site) -> None:
 def qlinear_pool(site: Site) -> None:
     """(N, C, …), or (N, …, C) with channels_last."""
     x, y = site.x[0], site.y[0]
-    channel = -1 if site.get("channels_last", 0) else 1
-    site.same(x[0], y[0])
-    site.same(x[channel], y[channel])
-    passing = (x[0], x[channel], y[0], y[channel])
-    site.fixed([a for a in (*x, *y) if a not in passing], "spatial axis")
+    if site.get("channels_last", 0):
+        x, y = channels_first(x), channels_first(y)
+    site.same_all(x[:2], y[:2])
+    if site.node.op_type == "QLinearGlobalAveragePool":
+        site.statistics(x[2:])
+    else:
+        site.fixed([*x[2:], *y[2:]], "spatial axis")
 
 
 @rule(f"{MS}:QLinearConcat")

@@ -17,6 +17,21 @@ def stacked(site: Site, whole: Axis, hidden: Axis) -> None:
     site.product([whole], [several, hidden])
 
 
+@rule("com.microsoft:DynamicQuantizeLSTM")
+def quantized_lstm(site: Site) -> None:
+    """As LSTM, with W (D, I, 4·H) and R (D, H, 4·H) transposed, quantized with a scale and zero point a direction or a column."""
+    w, r = site.x[1], site.x[2]
+    hidden = r[1]
+    site.same(site.x[0][2], w[1])
+    scales = [axes[1] for axes in site.x[8:12] if len(axes) == 2]
+    for columns in (w[2], r[2], *scales, *(site.x[i][1] for i in (3, 7) if site.has(i))):
+        stacked(site, columns, hidden)
+    for axes in (*(site.x[i] for i in (5, 6) if site.has(i)), *(y for y in site.y if y)):
+        site.same(axes[-1], hidden)
+        site.fixed(axes[:-1], "steps, directions and batch of a recurrent layer")
+    site.mend("hidden_size", {0: [hidden]})
+
+
 @rule(*GATES)
 def recurrent(site: Site) -> None:
     """X (T, N, I), W (D, gates·H, I), R (D, gates·H, H), B (D, 2·gates·H), P (D, 3·H), h and c (D, N, H) -> Y (T, D, N, H).

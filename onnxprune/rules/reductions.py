@@ -16,6 +16,17 @@ def pool(site: Site) -> None:
         site.fixed(indices[:2], "MaxPool's indices count over all channels")
 
 
+@rule("RoiAlign", "MaxRoiPool")
+def pool_regions(site: Site) -> None:
+    """X (N, C, H, W) and regions (R, …) -> (R, C, h, w)."""
+    x, y = site.x[0], site.y[0]
+    site.same(x[1], y[1])
+    for regions in site.x[1:]:
+        site.same_all(regions[:1], y[:1])
+        site.fixed(regions[1:], "corners of regions")
+    site.fixed([x[0], *x[2:], *y[2:]], "places that regions name")
+
+
 @rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
 def global_pool(site: Site) -> None:
     site.same_all(site.x[0][:2], site.y[0][:2])
@@ -58,13 +69,14 @@ def reduce_statistics(site: Site) -> None:
     reduce(site, neutral=False)
 
 
-@rule("ArgMax", "ArgMin", "CumSum", "TopK")
+@rule("ArgMax", "ArgMin", "CumProd", "CumSum", "TopK")
 def along_axis(site: Site) -> None:
     """The result names or orders places along the axis: that axis is fixed, the others pass."""
     x, op = site.x[0], site.node.op_type
-    number = site.number(1) if op == "CumSum" else None
-    if op == "CumSum" and number is None:
-        site.fixed([*x, *site.y[0]], "CumSum along an axis that is computed at run time")
+    cumulative = op in ("CumProd", "CumSum")
+    number = site.number(1) if cumulative else None
+    if cumulative and number is None:
+        site.fixed([*x, *site.y[0]], f"{op} along an axis that is computed at run time")
         return
     axis = int(number.ravel()[0]) if number is not None else site.get("axis", -1 if op == "TopK" else 0)
     axis %= len(x)

@@ -28,7 +28,7 @@ def split(site: Site) -> None:
     for y in site.y:
         if y:
             others(site, x, y, {axis})
-    if not all(site.y) or site.changing(1).any():
+    if not all(site.y) or site.changing(1).any() or (site.has(1) and site.number(1) is None):
         site.fixed([x[axis]], "Split into unused parts, or of sizes given at run time")
         return
     parts = [y[axis] for y in site.y]
@@ -102,7 +102,7 @@ def gather(site: Site) -> None:
     site.mends.append(Mend(site.index, 1, take=(x[axis], y[axis])))
 
 
-@rule("GatherND")
+@rule("GatherND", "com.microsoft:GatherND")
 def gather_nd(site: Site) -> None:
     """y = places of the indices (…, k) × the axes of x after the k indexed ones; batch axes come first."""
     x, indices, y, batch = site.x[0], site.x[1], site.y[0], site.get("batch_dims", 0)
