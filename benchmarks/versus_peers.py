@@ -10,6 +10,7 @@ address space.  What it does not manage there is said in its row.  benchmarks/RE
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import importlib.metadata
 import io
@@ -248,6 +249,7 @@ def child(name: str, tool: str, path: Path, repeats: int) -> Row:
     model, calls = used.fresh(), []
     before, parameters = used.axes(model), used.parameters(model)
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that loading gave back would be taken again unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
     size = resident("VmRSS")
     while True:

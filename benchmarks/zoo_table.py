@@ -74,21 +74,15 @@ def exception(row: Row) -> str:
     error = row.get("error")
     text = str(error[0] if isinstance(error, list) and error else error).removeprefix("error: ").replace(f"{row['name']}.onnx: ", "")
     coverage = row.get("coverage", 0)
-    said = f"- `{row['name']}`: "
+    said = f"- `{row['name']}`: {row['state']}"
     if row["state"] != "right":
-        said += f"{row['state']} at `{row.get('stage', '')}`, {text[:200]}"
-    else:
-        said += "right"
-    if coverage is None:
-        return said + "; the checker counts no channel axes in it"
-    said += f"; {coverage:.0%} of its channel axes reached"
-    if coverage >= LOW:
-        return said
-    left, count = fixed_axes(row["name"])
-    if not count:
-        return said + (f"; {', '.join(left)}" if left else "; no layer has a constant weight to count")
+        said += f" at `{row.get('stage', '')}`, {text[:200]}"
+    left, count = fixed_axes(row["name"]) if coverage is not None and coverage < LOW else (Counter(), 0)
+    if coverage is None or (coverage < LOW and not count):
+        return said + "; " + (", ".join(left) or "no layer outside of functions and subgraphs has a constant weight to count")
+    said += f"; {coverage:.0%} of its {f'{count} ' if count else ''}channel axes reached"
     named = [f"{n} {reason}" + (f" ({WORDS[reason]})" if reason in WORDS else "") for reason, n in left.most_common(4)]
-    return said + f"; of {count}, fixed: " + ", ".join(named)
+    return said + ("; fixed: " + ", ".join(named) if named else "")
 
 
 def main() -> None:
