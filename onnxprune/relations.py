@@ -26,7 +26,7 @@ Axis = tuple[str, int]
 MOST_PIECES = 1024  # runs of consecutive indices in a constant Gather; beyond it the axes are fixed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Same:
     """Index i of a is index i of b."""
 
@@ -34,7 +34,7 @@ class Same:
     b: Axis
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Concat:
     """The whole is the parts end to end."""
 
@@ -42,7 +42,7 @@ class Concat:
     parts: tuple[Axis, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Product:
     """The row-major product of the left axes is that of the right ones (a split or a merge)."""
 
@@ -50,7 +50,7 @@ class Product:
     right: tuple[Axis, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Fixed:
     """The axis may not change."""
 
@@ -58,7 +58,7 @@ class Fixed:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Statistics:
     """Pruning the axis changes a mean, maximum, variance or softmax that others read."""
 
@@ -68,7 +68,7 @@ class Statistics:
 Relation = Same | Concat | Product | Fixed | Statistics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Mend:
     """A number in a node that says the size of axes.
 
@@ -87,7 +87,7 @@ class Mend:
     keep: float | tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reorder:
     """The last node of a chain that only reorders an axis: it becomes Gather(source, order) where any of the value's axes shrinks."""
 
