@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from onnx import GraphProto, NodeProto
 
 from onnxprune import layouts
 from onnxprune.folding import attributes
@@ -11,18 +13,45 @@ from onnxprune.grouping import Grouping
 from onnxprune.importer import FLOATS, Model
 from onnxprune.layouts import Dim, Layout, find
 from onnxprune.relations import Axis, Site
+from onnxprune.scopes import flow, subgraphs, taken, trips
 
 Term = tuple[float, tuple[Axis, ...]]
 
 
 def mac_terms(model: Model) -> list[Term]:
-    """Multiply-accumulates of the main graph: each term is a number times the sizes of axes.
+    """Multiply-accumulates at the model's sizes: each term is a number times the sizes of axes.
 
     Conv and ConvTranspose: output (input) elements × kernel elements a channel; MatMul, Gemm and Einsum: output elements ×
-    contracted size; recurrent layers: time × batch × elements of W and R.
+    contracted size; recurrent layers: time × batch × elements of W and R.  The body of Loop and Scan counts as often as it
+    runs, once where that is not known; of an If the dearer branch counts, or the one that is always taken.
     """
+    inner = {o for node in model.nodes for graph in _bodies(model, node) for one in graph.node for o in one.output}
+    return _terms(model, [node for node in model.nodes if not any(o in inner for o in node.output if o)])
+
+
+def _bodies(model: Model, node: NodeProto) -> list[GraphProto]:
+    return list(subgraphs(node)) if flow(node, model.opsets.get("ai.onnx", 1)) is not None else []
+
+
+def _inside(model: Model, node: NodeProto) -> list[Term]:
+    """The terms of a control flow node's bodies."""
+    links = flow(node, model.opsets.get("ai.onnx", 1))
+    if links is None:
+        return []
+    if node.op_type == "If":
+        branch = taken(node, model.folded)
+        keys = ["then_branch", "else_branch"] if branch is None else [("then_branch", "else_branch")[branch]]
+        branches = [_terms(model, attributes(node)[key].node) for key in keys]
+        return max(branches, key=lambda terms: sum(f * _sizes(model, axes) for f, axes in terms))
+    makers = {o: one for graph in subgraphs(node) for one in graph.node for o in one.output}
+    times = trips(node, links, model.shapes, model.folded, makers)
+    return [(f * (1 if times is None else times), axes) for graph in subgraphs(node) for f, axes in _terms(model, graph.node)]
+
+
+def _terms(model: Model, nodes: Iterable[NodeProto]) -> list[Term]:
     terms: list[Term] = []
-    for index, node in enumerate(model.nodes):
+    for index, node in enumerate(nodes):
+        terms += _inside(model, node)
         op = node.op_type
         names = [n for n in (*node.input[:3], node.output[0] if node.output else "") if n]
         if op not in COUNTED or any(n not in model.shapes for n in names):
@@ -59,7 +88,7 @@ COUNTED = {
 
 
 def parameter_terms(model: Model) -> list[Term]:
-    """Elements of every float initializer and Constant of the main graph."""
+    """Elements of every float initializer and Constant, those in bodies included."""
     return [(1, tuple((name, i) for i in range(len(tensor.dims)))) for name, tensor in model.tensors.items() if tensor.data_type in FLOATS]
 
 
