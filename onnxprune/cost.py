@@ -23,7 +23,7 @@ def mac_terms(model: Model) -> list[Term]:
 
     Conv and ConvTranspose: output (input) elements × kernel elements a channel; MatMul, Gemm and Einsum: output elements ×
     contracted size; recurrent layers: time × batch × elements of W and R.  The body of Loop and Scan counts as often as it
-    runs, once where that is not known; of an If the dearer branch counts, or the one that is always taken.
+    runs, once where that is not known; both branches of an If count, as either may run, or the one that is always taken.
     """
     inner = {o for node in model.nodes for graph in _bodies(model, node) for one in graph.node for o in one.output}
     return _terms(model, [node for node in model.nodes if not any(o in inner for o in node.output if o)])
@@ -41,8 +41,7 @@ def _inside(model: Model, node: NodeProto) -> list[Term]:
     if node.op_type == "If":
         branch = taken(node, model.folded)
         keys = ["then_branch", "else_branch"] if branch is None else [("then_branch", "else_branch")[branch]]
-        branches = [_terms(model, attributes(node)[key].node) for key in keys]
-        return max(branches, key=lambda terms: sum(f * _sizes(model, axes) for f, axes in terms))
+        return [term for key in keys for term in _terms(model, attributes(node)[key].node)]
     makers = {o: one for graph in subgraphs(node) for one in graph.node for o in one.output}
     times = trips(node, links, model.shapes, model.folded, makers)
     return [(f * (1 if times is None else times), axes) for graph in subgraphs(node) for f, axes in _terms(model, graph.node)]
