@@ -117,7 +117,8 @@ def _infer_at(
                 known, folded = {}, {}
             before = len(known), len(folded)
             found = _onnx_shapes(proto, nodes, tensors, folded, shapes, passing.shapes(folded) | dict(seen), passing)
-            known = {k: full for k, v in found.items() if (full := _full(v)) is not None} | weights | dict(shapes) | dict(seen)
+            known = {k: np.shape(f.number) for k, f in folded.items()}
+            known |= {k: full for k, v in found.items() if (full := _full(v)) is not None} | weights | dict(shapes) | dict(seen)
             folded = fold(nodes, constants, known, static_everywhere)
             known |= {k: np.shape(f.number) for k, f in folded.items()}
             if not passing.learn(found | known) or ((len(known), len(folded)) == before and not passing.confirmed()):
