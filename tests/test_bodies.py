@@ -87,6 +87,14 @@ CASES = [
         leaves="w:0 v:1",
     ),
     Bodied(
+        "Loop-as-long-as-the-input",
+        "float[2,T,6] x",
+        "sh = Shape (x) five = Gather (sh, i1) " + loop(),
+        {k: v for k, v in {**FIVE, **CELL, **V, "i1": np.array(1)}.items() if k != "five"},
+        HIDDEN + " h0:1=8",
+        "w:0 v:1",
+    ),
+    Bodied(
         "Loop-scan-output",
         X,
         loop(after="z = MatMul (ys, v) e = MatMul (last, v) y = Add (z, e)")
@@ -133,6 +141,50 @@ CASES = [
     replace(SCAN, name="Scan-holds", inside="step: w u b", bare=True),
     replace(SCAN, name="Scan-axes", body=scan(", scan_input_axes=[1], scan_output_axes=[1], scan_input_directions=[1]", "", "x")),
     replace(SCAN, name="Scan-last-axis", body=scan(", scan_input_axes=[-2], scan_output_axes=[-2]", "", "x")),
+    Bodied(
+        "Scan-along-the-last-axis",
+        "float[2,6,8] x",
+        "h = Conv (x, w1) last, ys = Scan <num_scan_inputs=1, scan_input_axes=[2], scan_output_axes=[-1], "
+        "body = step (float[2,8] s, float[2,8] e)"
+        " => (float[2,8] t, float[2,8] o) { t = Add (s, e) o = Tanh (t) }> (h0, h) a = Add (ys, h) y = Conv (a, w2)",
+        {"w1": (8, 6, 1), "w2": (4, 8, 1), "h0": (2, 8)},
+        "w1:0=8 w2:1=8 h0:1=8",
+        "w1:1 w2:0",
+    ),
+    Bodied(
+        "If-known-behind-a-Loop",
+        X,
+        loop(after="sh = Shape (last) n = Gather (sh, i1) k = Equal (n, i1) ")
+        + "z = If (k) <then_branch = p () => (o) { o = Squeeze (last, l1) }, else_branch = q () => (o2) { o2 = Relu (last) }>"
+        " y = MatMul (z, v)",
+        {**FIVE, **CELL, **V, "i1": np.array(1), "l1": [1]},
+        HIDDEN + " h0:1=8",
+        "w:0 v:1",
+    ),
+    Bodied(
+        "If-known-in-a-Loop",
+        X,
+        loop(
+            f"xi = Gather <axis=1> (x, i) {STEP.replace('t = Tanh (q)', '')} e = Unsqueeze (q, l1) si = Shape (e) n = Gather (si, i1) "
+            "k = Equal (n, i1) z = If (k) <then_branch = p () => (o) { o = Squeeze (e, l1) }, else_branch = q () => (o2) { o2 = Relu (e) }>"
+            " t = Tanh (z) d = Identity (c)"
+        ),
+        {**FIVE, **CELL, **V, "i1": np.array(1), "l1": [1]},
+        HIDDEN + " h0:1=8",
+        "w:0 v:1",
+    ),
+    Bodied(
+        "Loop-after-Loop",
+        X,
+        loop(after="last2 = Loop (five, go, h0) <body = next (int64 j, bool c2, float[2,8] s2) => (bool d2, float[2,8] t2) { ")
+        .replace("last =", "last, ys =")
+        .replace("float[2,8] t) {", "float[2,8] t, float[2,8] o) {")
+        .replace("d = Identity (c)", "o = Sigmoid (t) m = ReduceMax <keepdims=0> (t) d = Less (m, big)")
+        + "yj = Gather (ys, j) a2 = MatMul (yj, w2) p2 = Add (a2, s2) t2 = Tanh (p2) d2 = Identity (c2) }> y = MatMul (last2, v)",
+        {**FIVE, **CELL, **V, "big": np.array(9, np.float32), "w2": (8, 8)},
+        "w:1=8 u:0=8 u:1=8 b:0=8 w2:0=8 w2:1=8 v:0=8 h0:1=8",
+        "w:0 v:1",
+    ),
     Bodied(
         "If-inner-sizes",
         X,
@@ -277,7 +329,10 @@ def test_macs_of_bodies() -> None:
     assert macs(nested) == 5 * 2 * 6 * 8 + 3 * 5 * 2 * 8 * (8 + 8) + 5 * head
 
 
-@pytest.mark.parametrize("name", ["Loop-holds", "Loop-of-a-symbolic-batch", "Scan-axes", "If-inner-sizes", "Scan-in-Loop", "Loop-in-If"])
+@pytest.mark.parametrize(
+    "name",
+    ["Loop-holds", "Loop-of-a-symbolic-batch", "Loop-as-long-as-the-input", "Scan-axes", "If-inner-sizes", "Scan-in-Loop", "Loop-in-If"],
+)
 def test_the_proof_reaches_into_bodies(name: str) -> None:
     case = next(c for c in CASES if c.name == name)
     model = case.model()
@@ -331,3 +386,23 @@ def test_scan_with_a_batch_axis_is_left_alone() -> None:
     step = "step (float[8] s, float[8] e) => (float[8] t, float[8] o) { t = Add (s, e) o = Tanh (t) }"
     body = f'h = MatMul (x, w1) last, ys = Scan <num_scan_inputs=1, body = {step}> ("", h0, h) y = MatMul (ys, v)'
     judge(Bodied("", X, body, {"w1": (6, 8), "h0": (2, 8), **V}, "", "w1:0 w1:1 v:0 v:1", opset=8))
+
+
+def test_a_loop_can_be_left_out_by_its_name() -> None:
+    model = replace(RNN, inside="step: w u b").model()
+    model.graph.node[0].name = "cell"
+    with pytest.raises(onnxprune.OnnxPruneError, match="no group is left") as error:
+        onnxprune.prune(model, 0.4, exclude=["cell"])
+    assert error.value.exit_code == 3
+
+
+@pytest.mark.parametrize("grows", ["t = Concat <axis=1> (s, hh)", "t = Compress <axis=1> (s, keep)", "n = NonZero (s) t = Cast <to=1> (n)"])
+def test_a_state_that_changes_its_size_has_no_shape(grows: str) -> None:
+    body = (
+        "hh = MatMul (x, w1) l = Loop (five, go, hh) <body = step (int64 i, bool c, float[a,e,f] s) => (bool d, float[g,j,k] t) "
+        f"{{ {grows} d = Identity (c) }}> y = ReduceSum <keepdims=0> (l)"
+    )
+    weights = {"five": np.array(5), "go": np.array(True), "w1": (6, 8), "keep": np.array([True, False])}
+    case = Bodied("", X, body, {k: w for k, w in weights.items() if k in body}, "", "w1:0 w1:1", runs="NonZero" not in grows)
+    judge(case)
+    assert not {"s", "t"} & set(load(case.model()).shapes)
