@@ -6,7 +6,7 @@ does not confirm is given up.  None is a size that is not known, or not the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from onnx import ModelProto, NodeProto
 
@@ -96,32 +96,24 @@ class Passing:
                 if one in self.types and other:
                     self.types.setdefault(other, self.types[one])
 
-    def learn(self, found: Mapping[str, Partial]) -> bool:
-        """Take note of the shapes that were found; False where a body contradicts a claim, and all has to be found anew."""
+    def learn(self, found: Mapping[str, Partial]) -> None:
+        """Take note of the shapes that were found."""
         self._found = found
-        return not self._withdraw(lambda claim, after: after is not None and not _agree(claim, after))
 
     def confirmed(self) -> bool:
-        """Whether every claim that still stands is what the body gives; those that are not are withdrawn."""
-        return not self._withdraw(lambda claim, after: claim != after)
-
-    def _withdraw(self, wrong: Callable[[Partial, Partial | None], bool]) -> bool:
-        withdrawn = False
+        """Whether each claim is what the body gives in the end; those that are not are withdrawn, and all has to be found anew."""
+        wrong: dict[str, Partial | None] = {}
         for _, links in self.flows:
             for initial, inner, after, _ in links.carried:
                 claim, end = self._claim(initial, inner), self._found.get(after)
-                if claim is not None and wrong(claim, end) and not (end is not None and _merged(claim, end) == claim):
-                    self._limits[inner] = None if end is None else _merged(claim, end)
-                    withdrawn = True
-        if withdrawn:
-            self._found = {}
-        return withdrawn
+                agreed = None if claim is None or end is None else _merged(claim, end)
+                if claim is not None and agreed != claim:
+                    wrong[inner] = agreed
+        self._limits |= wrong
+        self._found = {} if wrong else self._found
+        return not wrong
 
     def give_up(self) -> None:
         """Nothing is claimed any more."""
         self._limits = {inner: None for _, links in self.flows for _, inner, _, _ in links.carried}
         self._found = {}
-
-
-def _agree(left: Partial, right: Partial) -> bool:
-    return len(left) == len(right) and all(a == b or a is None or b is None for a, b in zip(left, right, strict=True))

@@ -110,7 +110,7 @@ def _infer_at(
         known: dict[str, Shape] = {}
         found: dict[str, Partial] = {}
         passing = Passing(nodes, proto, types)
-        most = 6 + 6 * len(passing.flows)
+        most = 6 + 12 * len(passing.flows)
         for turn in range(most + 6):
             if turn == most:
                 passing.give_up()
@@ -121,10 +121,11 @@ def _infer_at(
             known |= {k: full for k, v in found.items() if (full := _full(v)) is not None} | weights | dict(shapes) | dict(seen)
             folded = fold(nodes, constants, known, static_everywhere)
             known |= {k: np.shape(f.number) for k, f in folded.items()}
-            if not passing.learn(found | known) or ((len(known), len(folded)) == before and not passing.confirmed()):
+            passing.learn(found | known)
+            if (len(known), len(folded)) == before:
+                if passing.confirmed():
+                    break
                 known, folded = {}, {}
-            elif (len(known), len(folded)) == before:
-                break
         return known, folded, found | known
 
     known, folded, found = settle({}, {})
@@ -152,13 +153,13 @@ def _statics(
     passing = Passing(nodes, proto, {})
     before: dict[str, Partial] = {}
     found: dict[str, Partial] = {}
-    most = 1 + 6 * len(passing.flows)
+    most = 1 + 12 * len(passing.flows)
     for turn in range(most + 6):
         if turn == most:
             passing.give_up()
         before, found = found, _onnx_shapes(proto, nodes, tensors, {}, inputs, passing.shapes({}), passing)
-        stands = passing.learn(found | {k: tuple(t.dims) for k, t in tensors.items()})
-        if not passing.flows or (stands and found == before and passing.confirmed()):
+        passing.learn(found | {k: tuple(t.dims) for k, t in tensors.items()})
+        if not passing.flows or (found == before and passing.confirmed()):
             break
     return {k: tuple(size is not None for size in v) for k, v in found.items()}
 
