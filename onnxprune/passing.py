@@ -12,8 +12,7 @@ from onnx import ModelProto, NodeProto
 
 from onnxprune.folding import Folded
 from onnxprune.scopes import Flow, all_graphs, flow, taken, trips
-
-Partial = tuple[int | None, ...]
+from onnxprune.sequences import Partial, Sequences
 
 
 def opset_of(proto: ModelProto) -> int:
@@ -43,6 +42,7 @@ class Passing:
                 if value.type.HasField("tensor_type") and kind.elem_type:
                     self.types.setdefault(value.name, kind.elem_type)
                     self._declared[value.name] = tuple(d.dim_value or None for d in kind.shape.dim)
+        self.sequences = Sequences(nodes, self.flows)
         self._found: Mapping[str, Partial] = {}
         self._limits: dict[str, Partial | None] = {}
 
@@ -51,7 +51,7 @@ class Passing:
 
     def shapes(self, folded: Mapping[str, Folded]) -> dict[str, Partial]:
         """Of the bodies' inputs and the nodes' outputs, out of what was learnt last."""
-        found, passed = self._found, dict[str, Partial]()
+        found, passed = self._found, self.sequences.read(self._found)
         for node, links in self.flows:
             for initial, inner, after, last in links.carried:
                 if (claim := self._claim(initial, inner)) is not None:

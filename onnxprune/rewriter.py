@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, TensorShapeProto, ValueInfoProto, helper, numpy_helper
 
 from onnxprune import layouts
 from onnxprune.errors import OnnxPruneError
@@ -348,15 +348,19 @@ def _copy_field(target: ModelProto | GraphProto | NodeProto, name: str, value: o
 
 def _resized(value: ValueInfoProto, model: Model, widths: Widths) -> ValueInfoProto | None:
     """The value's declared shape with its new sizes; None where the declaration was stale."""
-    dims = value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else []
     shape = model.shapes.get(value.name)
-    if shape is None or not dims:
+    if shape is None or not (dims := _dims(value)):
         return value
     if len(dims) != len(shape) or any(d.dim_value and d.dim_value != s for d, s in zip(dims, shape, strict=True)):
         return None
     copy = ValueInfoProto()
     copy.CopyFrom(value)
-    for i, dim in enumerate(copy.type.tensor_type.shape.dim):
+    for i, dim in enumerate(_dims(copy)):
         if widths.mask((value.name, i)) is not None and dim.dim_value:
             dim.dim_value = widths.size((value.name, i))
     return copy
+
+
+def _dims(value: ValueInfoProto) -> Sequence[TensorShapeProto.Dimension]:
+    kind = value.type.sequence_type.elem_type if value.type.HasField("sequence_type") else value.type
+    return kind.tensor_type.shape.dim if kind.HasField("tensor_type") else []

@@ -16,8 +16,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxprune.errors import OnnxPruneError
 from onnxprune.folding import SMALL, Folded, Shape, fold
-from onnxprune.passing import Partial, Passing, opset_of
+from onnxprune.passing import Passing, opset_of
 from onnxprune.scopes import flow
+from onnxprune.sequences import Partial, Sequences
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def _infer_at(
                 known, folded = {}, {}
         return known, folded, found | known
 
+    flows = [(node, links) for node in nodes if (links := flow(node, opset_of(proto))) is not None]
     known, folded, found = settle({}, {})
     wanted = {x for n in nodes for x in (*n.input, *n.output) if x and x not in known}
     if wanted:
@@ -135,11 +137,12 @@ def _infer_at(
             static_everywhere = {name: tuple(size is not None for size in shape) for name, shape in found.items()}
         values = _seen(proto, wanted, shapes, feeds)  # sizes that may depend on data
         seen = {k: np.shape(v) for k, v in values.items()}
-        if any(flow(node, opset_of(proto)) for node in nodes):  # bodies may read them
+        if flows:  # bodies may read them
             known, folded, _ = settle(seen, {k: helper.np_dtype_to_tensor_dtype(v.dtype) for k, v in values.items()})
         known |= seen
         folded = fold(nodes, constants, known, static_everywhere)
-    return Inferred(known, folded)
+    held = Sequences(nodes, flows).shapes(dict(known))
+    return Inferred(known | {k: full for k, v in held.items() if (full := _full(v)) is not None}, folded)
 
 
 def _full(shape: Partial) -> Shape | None:

@@ -257,14 +257,44 @@ CASES = [
         "w1:0 w1:1 v:0 v:1",
     ),
     Bodied(
-        "Loop-of-a-sequence",
+        "Loop-fills-a-list",
         X,
-        "hh = MatMul (x, w1) empty = SequenceEmpty () l = Loop (five, go, empty) <body = step (int64 i, bool c, seq(float[2,8]) s) => "
-        "(bool d, seq(float[2,8]) t) { e = Gather <axis=1> (hh, i) t = SequenceInsert (s, e) d = Identity (c) }> "
-        "r = ConcatFromSequence <axis=0> (l) y = MatMul (r, v)",
-        {"five": np.array(5), "go": np.array(True), "w1": (6, 8), **V},
+        "empty = SequenceEmpty () "
+        + loop(after="r = ConcatFromSequence <axis=1, new_axis=1> (l) z = MatMul (r, v) e = MatMul (last, v2) o = Unsqueeze (e, l1) ")
+        .replace("last =", "last, l =")
+        .replace("(five, go, h0)", "(five, go, h0, empty)")
+        .replace("float[2,8] s)", "float[2,8] s, seq(float[2,8]) p0)")
+        .replace("float[2,8] t)", "float[2,8] t, seq(float[2,8]) p1)")
+        .replace("d = Identity", "p1 = SequenceInsert (p0, t) d = Identity")
+        + "y = Add (z, o)",
+        {**FIVE, **CELL, **V, "v2": (8, 4), "l1": [1]},
+        HIDDEN + " h0:1=8 v2:0=8",
+        "w:0 v:1",
+    ),
+    Bodied(
+        "Loop-reads-a-list",
+        X,
+        "hh = MatMul (x, w1) l = SplitToSequence <axis=1, keepdims=0> (hh) " + loop(f"xi = SequenceAt (l, i) {STEP} d = Identity (c)"),
+        {**FIVE, **CELL, **V, "w1": (6, 8), "w": (8, 8)},
+        HIDDEN + " h0:1=8 w:0=8 w1:1=8",
+        "w1:0 v:1",
+    ),
+    Bodied(
+        "list-of-two-sizes",
+        X,
+        "h1 = MatMul (x, w1) h2 = MatMul (x, w2) l = SequenceConstruct (h1, h2) y = ConcatFromSequence <axis=2> (l)",
+        {"w1": (6, 8), "w2": (6, 7)},
         "",
-        "w1:0 w1:1 v:0 v:1",
+        "w1:0 w1:1 w2:0 w2:1",
+    ),
+    Bodied(
+        "list-from-outside",
+        X,
+        "h1 = MatMul (x, w1) h2 = MatMul (x, w2) l = SequenceConstruct (h1) o = Optional (l) e = OptionalGetElement (o) "
+        "l2 = SequenceInsert (e, h2) a = SequenceAt (l2, n) y = MatMul (a, v)",
+        {"w1": (6, 8), "w2": (6, 8), **V, "n": np.array(0)},
+        "",
+        "w1:0 w1:1 w2:0 w2:1 v:0 v:1",
     ),
     Bodied(
         "custom-operator-with-a-body",

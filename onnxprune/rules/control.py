@@ -1,4 +1,4 @@
-"""If, Loop and Scan: what their bodies get and give are values of the outside."""
+"""If, Loop and Scan: what their bodies get and give are values of the outside.  Sequences have the axes of their elements."""
 
 from __future__ import annotations
 
@@ -49,3 +49,29 @@ def control(site: Site) -> None:
         one(site, [value, *(branches if branch is None else [branches[branch]])])
         for name in branches if branch is not None else ():
             site.product(site.axes(name), site.axes(name)) if site.axes(name) else None
+
+
+@rule("SequenceAt", "SequenceConstruct", "SequenceErase", "SequenceInsert")
+def sequence(site: Site) -> None:
+    """All elements are alike; positions have no axes."""
+    for x in site.x:
+        site.same_all(x, site.y[0]) if len(x) == len(site.y[0]) else None
+
+
+@rule("SequenceEmpty", "SequenceLength")
+def length(site: Site) -> None:
+    """Says nothing of the elements' axes."""
+    for axes in (*site.x, *site.y):
+        site.product(axes, axes) if axes else None
+
+
+@rule("ConcatFromSequence", "SplitToSequence")
+def unpacked(site: Site) -> None:
+    """The axis along which elements stand is fixed, the others are theirs."""
+    joins = site.node.op_type == "ConcatFromSequence"
+    whole, part = (site.y[0], site.x[0]) if joins else (site.x[0], site.y[0])
+    kept = [i for i in range(len(whole)) if i != site.get("axis", 0) % len(whole)]
+    if len(part) == len(whole):
+        site.same_all([whole[i] for i in kept], [part[i] for i in kept])
+    elif len(part) == len(kept):
+        site.same_all([whole[i] for i in kept], part)
