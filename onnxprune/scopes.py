@@ -58,20 +58,18 @@ class Flow:
 
 def flow(node: NodeProto, opset: int) -> Flow | None:
     """None for an operator whose subgraphs are not understood: custom ones, sequences, Scan before opset 9, odd numbers of values."""
-    given = attributes(node)
-    if node.domain not in ("", "ai.onnx") or (node.op_type == "Scan" and opset < 9):
+    if node.op_type not in ("If", "Loop", "Scan") or node.domain not in ("", "ai.onnx") or (node.op_type == "Scan" and opset < 9):
         return None
+    given = attributes(node)
     try:
         if node.op_type == "If":
             branches = [[v.name for v in given[key].output] for key in ("then_branch", "else_branch")]
             return Flow(chosen=tuple((out, names) for out, *names in _zip(node.output, *branches)))
         if node.op_type == "Loop":
             starts, scanned = list(node.input)[2:], []
-        elif node.op_type == "Scan":
+        else:
             many = len(node.input) - int(given["num_scan_inputs"])
             starts, scanned = list(node.input)[:many], list(node.input)[many:]
-        else:
-            return None
         ins, outs, ends = ([*(v.name for v in given["body"].input)], [*(v.name for v in given["body"].output)], [*node.output])
         counted: tuple[str, ...] = ()
         if node.op_type == "Loop":
@@ -85,7 +83,7 @@ def flow(node: NodeProto, opset: int) -> Flow | None:
             stacked=_zip(ends[many:], outs[many:], axes[1]),
             counted=counted,
         )
-    except (KeyError, IndexError, ValueError):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return None
 
 
@@ -110,8 +108,9 @@ def trips(
 ) -> int | None:
     """How often a Loop or Scan runs its body; None where that depends on data."""
     for value, _, axis in (*links.sliced, *links.stacked):
-        if shapes.get(value) and shapes[value][axis] is not None:
-            return shapes[value][axis]
+        shape = shapes.get(value, ())
+        if -len(shape) <= axis < len(shape) and shape[axis] is not None:
+            return shape[axis]
     if node.op_type != "Loop" or not node.input[0] or node.input[0] not in folded:
         return None
     goes_on = next(graph.output[0].name for graph in subgraphs(node))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -436,3 +437,27 @@ def test_a_state_that_changes_its_size_has_no_shape(grows: str) -> None:
     case = Bodied("", X, body, {k: w for k, w in weights.items() if k in body}, "", "w1:0 w1:1", runs="NonZero" not in grows)
     judge(case)
     assert not {"s", "t"} & set(load(case.model()).shapes)
+
+
+def test_control_flow_that_breaks_the_specification_is_left_alone() -> None:
+    broken = []
+    for case in (RNN, SCAN, next(c for c in CASES if c.name == "If-shares-its-output")):
+        count = sum(len(n.attribute) for n in case.model().graph.node if n.op_type in ("If", "Loop", "Scan"))
+        for kind in ("input", "output", "node"):
+            model = case.model()
+            del getattr(graphs(model.graph)[1], kind)[-1:]
+            broken.append(model)
+        for position in range(count):
+            for change in ("gone", "number"):
+                model = case.model()
+                [node] = [n for n in model.graph.node if n.op_type in ("If", "Loop", "Scan")]
+                attribute = node.attribute[position]
+                other = [] if change == "gone" else [onnx.helper.make_attribute(attribute.name, 7)]
+                node.attribute.remove(attribute)
+                node.attribute.extend(other)
+                broken.append(model)
+    for axis in (5, -5):
+        broken.append(replace(SCAN, body=scan(f", scan_input_axes=[{axis}], scan_output_axes=[{axis}]", ""), runs=False).model())
+    for model in broken:
+        with contextlib.suppress(onnxprune.OnnxPruneError):
+            group(load(model))
