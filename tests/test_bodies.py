@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import GraphProto, ModelProto
+from op_cases import CASES as OPERATORS
 from op_cases import Case
-from outside import covered, distance, feeds_of, masked, permuted, run
-from test_op_rules import judge
+from outside import covered, distance, duplicate, feeds_of, masked, permuted, run
+from test_op_rules import judge, third
 
 import onnxprune
 from onnxprune.cost import count_macs
 from onnxprune.grouping import group
 from onnxprune.importer import load
+from onnxprune.plans import Plan
 
 X = "float[2,5,6] x"
 FIVE = {"five": np.array(5), "go": np.array(True), "h0": (2, 8)}
@@ -461,3 +465,71 @@ def test_control_flow_that_breaks_the_specification_is_left_alone() -> None:
     for model in broken:
         with contextlib.suppress(onnxprune.OnnxPruneError):
             group(load(model))
+
+
+def enclosed(model: ModelProto, kind: str, held: bool) -> ModelProto:
+    """The same layers in the body of a Loop that runs once, or in both branches of an If; held: the weights too, in the first."""
+    copy, names, bodies = duplicate(model), [v.name for v in model.graph.output], []
+    for suffix in ("", "_else")[: 1 if kind == "Loop" else 2]:
+        body = GraphProto(name=f"body{suffix}")
+        made = {o for n in model.graph.node for o in n.output if o}
+        for node in model.graph.node:
+            inner = body.node.add()
+            inner.CopyFrom(node)
+            inner.input[:] = [x + suffix if x in made else x for x in node.input]
+            inner.output[:] = [x + suffix if x else x for x in node.output]
+        for value in model.graph.output:
+            body.node.append(onnx.helper.make_node("Identity", [value.name + suffix], [f"{value.name}_of{suffix}"]))
+            body.output.append(onnx.helper.make_tensor_value_info(f"{value.name}_of{suffix}", value.type.tensor_type.elem_type, None))
+        bodies.append(body)
+    graph = copy.graph
+    del graph.node[:], graph.value_info[:]
+    if held:
+        bodies[0].initializer.extend(graph.initializer)
+        del graph.initializer[:]
+    for value in graph.output:
+        value.type.tensor_type.ClearField("shape")
+    if kind == "Loop":
+        bodies[0].input.append(onnx.helper.make_tensor_value_info("turn", 7, []))
+        bodies[0].input.append(onnx.helper.make_tensor_value_info("was", 9, []))
+        bodies[0].output.insert(0, onnx.helper.make_tensor_value_info("goes", 9, []))
+        bodies[0].node.append(onnx.helper.make_node("Identity", ["was"], ["goes"]))
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(1), "once"))
+        graph.input.append(onnx.helper.make_tensor_value_info("which", 9, []))
+        graph.node.append(onnx.helper.make_node("Loop", ["once", "which"], names, body=bodies[0]))
+    else:
+        graph.input.append(onnx.helper.make_tensor_value_info("which", 9, []))
+        graph.node.append(onnx.helper.make_node("If", ["which"], names, then_branch=bodies[0], else_branch=bodies[1]))
+    return copy
+
+
+MODES = [("Loop", "held"), ("If", "captured"), ("Loop", "captured")]
+ENCLOSED = [
+    pytest.param(case, *MODES[i // 4 % 3], id=f"{case.name}-{'-'.join(MODES[i // 4 % 3])}")
+    for i, case in enumerate(OPERATORS)
+    if i % 4 == 0 and case.opset > 10 and "_branch" not in case.body
+]
+
+
+@pytest.mark.parametrize(("case", "kind", "weights"), ENCLOSED)
+def test_layers_in_a_body_are_pruned_as_outside(case: Case, kind: str, weights: str) -> None:
+    model = case.model()
+    defaults = {v.name for v in model.graph.input} & {t.name for t in model.graph.initializer}
+    other = enclosed(model, kind, weights == "held" and not defaults)
+    outside, inside = group(load(model)), group(load(other))
+
+    def places(groups: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {str(sorted((m["tensor"], m["axis"], str(m["indices"])) for m in g["members"])): g for g in groups}
+
+    plan = third(Plan(inside, {}).to_json(), inside.to_json()["groups"])
+    chosen, content = places(plan["groups"]), Plan(outside, {}).to_json()
+    assert set(places(content["groups"])) == set(chosen)
+    for key, one in places(content["groups"]).items():
+        one["remove"] = chosen[key]["remove"]
+    if not chosen or not case.runs:
+        return
+    feeds, pruned = feeds_of(model), onnxprune.apply(other, plan).model
+    reference = run(onnxprune.apply(model, content).model, feeds)
+    for which in (True, False)[: 1 if kind == "Loop" else 2]:
+        outputs = run(pruned, {**feeds, "which": np.array(which)})
+        assert distance(reference, {k: v[0] if kind == "Loop" else v for k, v in outputs.items()}) <= case.tolerance
