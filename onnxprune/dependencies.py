@@ -13,8 +13,9 @@ import numpy as np
 import onnxprune.rules  # noqa: F401  (registers the rules)
 from onnxprune.folding import attributes
 from onnxprune.importer import Model, load
-from onnxprune.relations import Axis, Concat, Fixed, Mend, Product, Relation, Same, Site, Statistics, rule_of
+from onnxprune.relations import Axis, Concat, Fixed, Mend, Product, Relation, Reorder, Same, Site, Statistics, rule_of
 from onnxprune.scopes import captured, flat, flow, subgraphs, taken
+from onnxprune.shuffles import Shuffle
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -29,17 +30,22 @@ class Dependencies:
     """
 
     relations: list[Relation]
-    mends: list[Mend]
+    mends: list[Mend | Reorder]
     sizes: dict[str, int]
 
 
-def relate(model: Model, allow_io: Sequence[str] = ()) -> Dependencies:
-    """Ask the rule of every node; what no rule speaks of is fixed."""
+def relate(model: Model, allow_io: Sequence[str] = (), shuffles: Sequence[Shuffle] = ()) -> Dependencies:
+    """Ask the rule of every node; what no rule speaks of is fixed.  shuffles: chains that are read as one Gather each."""
     relations: list[Relation] = []
-    mends: list[Mend] = []
+    mends: list[Mend | Reorder] = []
     sizes: dict[str, int] = {}
     idle = _idle(model)
+    ends = {shuffle.nodes[-1]: shuffle for shuffle in shuffles}
+    inner = {i for shuffle in shuffles for i in shuffle.nodes} - set(ends)
     for index, node in enumerate(model.nodes):
+        if index in inner:
+            _fix(relations, model, node.input[1:], "sizes of a Reshape")
+            continue
         if node.op_type == "Constant":
             if node.output[0] not in model.tensors:
                 _fix(relations, model, node.output, "a constant without a tensor")
@@ -50,7 +56,9 @@ def relate(model: Model, allow_io: Sequence[str] = ()) -> Dependencies:
         inside = [v.name for g in subgraphs(node) for v in (*g.input, *g.output)] if bodies else sorted(captured(node))
         site = Site(index, node, opset, model.shapes, model.folded, inside)
         unknown = [n for n in (*node.input, *node.output) if n and n not in model.shapes]
-        if rule is None or (inside and not bodies):
+        if index in ends:
+            _reorder(site, ends[index])
+        elif rule is None or (inside and not bodies):
             site.fixed([a for axes in (*site.x, *site.y) for a in axes], f"no rule for operator {node.op_type}")
             site.fixed(site.outside, f"read inside {node.op_type}")
         elif not bodies and ((node.input and node.input[0] in unknown) or node.output[0] in unknown):
@@ -65,7 +73,7 @@ def relate(model: Model, allow_io: Sequence[str] = ()) -> Dependencies:
                 site.relations, site.mends = [], []
                 site.fixed([a for axes in (*site.x, *site.y, site.outside) for a in axes], f"{node.op_type} with odd inputs")
         said = site.mentioned()
-        for axes in (*site.x, *site.y, site.outside):
+        for axes in (*site.x, *site.y, site.outside) if index not in ends else ():
             forgotten = [a for a in axes if a not in said and site.size(a) != 1]
             site.fixed(forgotten, f"the rule of {node.op_type} leaves it")
         relations += site.relations
@@ -85,8 +93,17 @@ def _idle(model: Model) -> set[str]:
     for node in model.nodes:
         if node.op_type == "If" and (branch := taken(node, model.folded)) is not None:
             other = attributes(node)["then_branch" if branch else "else_branch"]
-            found |= {o for inner in flat(other.node, model.opsets.get("ai.onnx", 1)) for o in inner.output}
+            found |= {o for one in flat(other.node, model.opsets.get("ai.onnx", 1)) for o in one.output}
     return found
+
+
+def _reorder(site: Site, shuffle: Shuffle) -> None:
+    site.fixed([axis for axes in site.x[1:] for axis in axes], "sizes of a Reshape")
+    x, y = site.axes(shuffle.source), site.axes(shuffle.result)
+    site.same_all(x[: shuffle.axis], y[: shuffle.axis])
+    site.same_all(x[shuffle.axis + 1 :], y[shuffle.axis + 1 :])
+    site.take(x[shuffle.axis], y[shuffle.axis], shuffle.order)
+    site.mends.append(Reorder(site.index, x[shuffle.axis], y[shuffle.axis], shuffle.order))
 
 
 def _fix(relations: list[Relation], model: Model, names: Sequence[str], reason: str) -> None:

@@ -13,6 +13,7 @@ from onnxprune.dependencies import Dependencies, relate
 from onnxprune.importer import FLOATS, Model
 from onnxprune.layouts import Dim, Layout, find, freeze
 from onnxprune.relations import Axis, Concat, Fixed, Product, Same, Statistics
+from onnxprune.shuffles import find_shuffles
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,16 @@ class Grouping:
 
 
 def group(model: Model, allow_io: Sequence[str] = ()) -> Grouping:
-    """Solve a model's axes into groups."""
-    dependencies = relate(model, allow_io)
-    dims = solve(model, dependencies)
-    return collect(model, dependencies, dims)
+    """Solve a model's axes into groups; channel shuffles are read in the way that leaves more units free."""
+    found = [_grouped(model, relate(model, allow_io))]
+    shuffles = find_shuffles(model)
+    if shuffles:
+        found.append(_grouped(model, relate(model, allow_io, shuffles)))
+    return max(found, key=lambda grouping: (-len(grouping.fixed), sum(g.units for g in grouping.groups)))
+
+
+def _grouped(model: Model, dependencies: Dependencies) -> Grouping:
+    return collect(model, dependencies, solve(model, dependencies))
 
 
 def solve(model: Model, dependencies: Dependencies) -> dict[Axis, Dim]:

@@ -141,6 +141,8 @@ def unify(left: Layout, right: Layout, reason: str = "its parts do not fit toget
             if again is not None:
                 a.extend(again[0][::-1])
                 b.extend(again[1][::-1])
+        elif _take_apart(one, two, a, b) or _take_apart(two, one, b, a):
+            continue
         elif m < n:
             head, tail = _cut(two, m, reason)
             a.append(one)
@@ -151,6 +153,31 @@ def unify(left: Layout, right: Layout, reason: str = "its parts do not fit toget
             b.append(two)
             a.extend(tail[::-1])
             a.extend(head[::-1])
+
+
+def _take_apart(segment: Segment, first: Segment, own: list[Segment], other: list[Segment]) -> bool:
+    """Bind a leaf to all the smaller leaves that stand against it at once: cutting off one by one would nest as deep as they are many."""
+    leaf = find(segment[0])
+    room, parts = leaf.size, []
+    if len(segment) > 1 or leaf.layout is not None or leaf.reason:
+        return False
+    while len(first) == 1 and find(first[0]).layout is None and find(first[0]) is not leaf and first[0].size <= room:
+        parts.append(first)
+        room -= first[0].size
+        if not room or not other:
+            break
+        first = other.pop()
+    else:
+        if parts:
+            other.append(first)
+    if len(parts) < 2:
+        other.extend(parts[1:])
+        return False
+    if room:
+        parts.append([Dim(room)])
+        own.append(parts[-1])
+    bind(leaf, parts)
+    return True
 
 
 def _cut(segment: Segment, position: int, reason: str) -> tuple[Layout, Layout]:

@@ -11,6 +11,7 @@ outputs relate.  Axes of size above 1 that a rule does not mention are fixed: no
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from onnx import NodeProto
 from onnxprune.folding import Folded, attributes
 
 Axis = tuple[str, int]
+MOST_PIECES = 1024  # runs of consecutive indices in a constant Gather; beyond it the axes are fixed
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,16 @@ class Mend:
     keep: float | None = None
 
 
+@dataclass(frozen=True)
+class Reorder:
+    """The last node of a chain that only reorders an axis: it becomes Gather(source, order) where units of the axis go."""
+
+    node: int
+    source: Axis
+    result: Axis
+    order: np.ndarray
+
+
 class Site:
     """One node as its rule sees it.
 
@@ -105,7 +117,7 @@ class Site:
         self.y = [self.axes(name) for name in node.output]
         self.outside = [axis for name in outside for axis in self.axes(name)]
         self.relations: list[Relation] = []
-        self.mends: list[Mend] = []
+        self.mends: list[Mend | Reorder] = []
         self.sizes: dict[str, int] = {}
 
     # what the node is
@@ -166,6 +178,24 @@ class Site:
             self.same(whole, parts[0])
         else:
             self.relations.append(Concat(whole, tuple(parts)))
+
+    def take(self, whole: Axis, part: Axis, indices: np.ndarray) -> None:
+        """Index i of the part is index indices[i] of the whole."""
+        size, name = self.size(whole), self.node.op_type
+        picked = indices.astype(np.int64) % size
+        if len(set(picked.tolist())) != len(picked):
+            self.fixed([whole, part], f"{name} picks an index twice")
+            return
+        cuts = {0, size, *(int(i) for i in picked[:1]), *(int(i) + 1 for i in picked[-1:])}
+        for i, j in itertools.pairwise(picked.tolist()):
+            cuts |= {j, i + 1} if j != i + 1 else set()
+        bounds = sorted(cuts)
+        if len(bounds) > MOST_PIECES or not len(picked):
+            self.fixed([whole, part], f"{name} of too many pieces")
+            return
+        pieces = {a: self.new(b - a) for a, b in itertools.pairwise(bounds)}
+        self.concat(whole, list(pieces.values()))
+        self.concat(part, [pieces[int(i)] for i in picked if int(i) in pieces])
 
     def product(self, left: Sequence[Axis], right: Sequence[Axis]) -> None:
         self.relations.append(Product(tuple(left), tuple(right)))

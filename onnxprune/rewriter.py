@@ -13,7 +13,7 @@ from onnxprune.folding import Folded, fold
 from onnxprune.grouping import Grouping
 from onnxprune.importer import Model
 from onnxprune.layouts import Dim, find
-from onnxprune.relations import Axis, Mend
+from onnxprune.relations import Axis, Mend, Reorder
 from onnxprune.scopes import captured, flow
 
 Remove = Mapping[int, np.ndarray]
@@ -154,7 +154,10 @@ class _Editor:
             mask, number = self._constant(~old.dynamic, "static"), self._constant(old.number, out)
             self.nodes[index] = helper.make_node("Where", [mask, number, fresh], [out], name=f"{node.name or out}_pinned")
 
-    def mend(self, mend: Mend) -> None:
+    def mend(self, mend: Mend | Reorder) -> None:
+        if isinstance(mend, Reorder):
+            self._reorder(mend)
+            return
         node = self.nodes[mend.node]
         if isinstance(mend.where, int):
             self.handled.add((mend.node, mend.where))
@@ -237,14 +240,17 @@ class _Editor:
             return
         node = self.nodes[index]
         number = self.model.folded[node.input[1]].number
-        picked = number.astype(np.int64) % self.widths.full(axes[0])
-        if source is not None:
-            place = np.cumsum(source) - 1
-            picked = place[picked]
-        for axis, result in enumerate(results):
-            if result is not None:
-                picked = np.compress(result, picked, axis=axis)
+        picked = _renumbered(number.astype(np.int64) % self.widths.full(axes[0]), source, results)
         node.input[1] = self._constant(picked.astype(number.dtype), node.input[1])
+
+    def _reorder(self, mend: Reorder) -> None:
+        source, result = self.widths.mask(mend.source), self.widths.mask(mend.result)
+        if source is None and result is None:
+            return
+        node = self.nodes[mend.node]
+        name, axis = mend.source
+        order = self._constant(_renumbered(mend.order, source, [result]), node.output[0])
+        self.nodes[mend.node] = helper.make_node("Gather", [name, order], list(node.output), name=node.name, axis=axis)
 
     def keep_data(self) -> None:
         """A size that reaches data (an attention scale) keeps its original number."""
@@ -274,6 +280,16 @@ class _Editor:
         name = self._name(base)
         self.added.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
         return name
+
+
+def _renumbered(picked: np.ndarray, source: np.ndarray | None, results: Sequence[np.ndarray | None]) -> np.ndarray:
+    """Indices into an axis of which `source` stays, of which those stay that the masks of the result's axes keep."""
+    if source is not None:
+        picked = (np.cumsum(source) - 1)[picked]
+    for axis, result in enumerate(results):
+        if result is not None:
+            picked = np.compress(result, picked, axis=axis)
+    return picked
 
 
 def _unable(node: NodeProto) -> OnnxPruneError:

@@ -669,7 +669,9 @@ def movement() -> Iterator[Case]:
         ("zeros", [0, 2, 4, 6, 6], [0, -1, 6, 6]),
         ("free", [2, 2, -1, 6, 6], [2, -1, 6, 6]),
     ):
-        yield image(f"shuffle-{name}", shuffle, {"there": there, "back": back}, "w1:0 w2:1", joined=False)
+        yield image(f"shuffle-{name}", shuffle, {"there": there, "back": back})
+    last = "r = Reshape (h, there) t = Transpose <perm=[0,1,4,2,3]> (r) z = Reshape (t, back)"
+    yield rows("shuffle-last", last, {"there": [2, 5, 2, 2, 2], "back": [2, 5, 8]})
     split = (
         "r = Reshape (h, there) t = Transpose <perm=[0,2,1,3]> (r) s = Softmax (t) u = Transpose <perm=[0,2,1,3]> (s) z = Reshape (u, back)"
     )
@@ -774,6 +776,22 @@ def recurrent() -> Iterator[Case]:
     yield rows("RNN-state", state, layers, "w1:1=8 start:2=5 w:1=5 w2:0=5", "start:1", inputs="float[4,2,6] x", out=5, joined=False)
 
 
+def pointwise() -> Iterator[Case]:
+    """A window of one place passes the places one by one, a wider one does not."""
+    yield rows("Conv-one-place", "z = Conv (h, wc, bc)", {"wc": (4, 5, 1), "bc": (4,)}, leaves="wc:0 wc:1")
+    yield rows("ConvTranspose-one-place", "z = ConvTranspose (h, wc)", {"wc": (5, 4, 1)}, leaves="wc:0 wc:1")
+    yield rows("AveragePool-one-place", "z = AveragePool <kernel_shape=[1]> (h)")
+    yield rows("Conv-tall", "u = Unsqueeze (h, a) c = Conv <pads=[1,0,1,0]> (u, wc) z = Squeeze (c, a)", {"a": [1], "wc": (1, 1, 3, 1)})
+    for name, text in (
+        ("Conv-three-places", "z = Conv <pads=[1,1]> (h, wc)"),
+        ("Conv-shifted", "z = Conv <pads=[1,-1]> (h, wd)"),
+        ("MaxPool-three-places", "z = MaxPool <kernel_shape=[3], pads=[1,1]> (h)"),
+    ):
+        weights: Weights = {"wc": (4, 5, 3), "wd": (4, 5, 1)}
+        used = {k: w for k, w in weights.items() if f" {k})" in text}
+        yield rows(name, text, used, leaves="w1:1 w2:0", joined=False, runs=name != "Conv-shifted")
+
+
 def idioms() -> Iterator[Case]:
     """What networks write with several operators, where one rule alone would not show a mistake."""
     yield image(
@@ -782,6 +800,20 @@ def idioms() -> Iterator[Case]:
         {"there": [2, 3, 3, 6, 6], "back": [2, 9, 6, 6]},
         width=9,
         out=9,
+        joined=False,
+    )
+    units = "w1:0 v1:0 v1:1 v2:0 v2:1 w2:1"  # halves of odd width: read as grids, the two shuffles tie all channels together
+    yield image(
+        "shuffled-halves",
+        "".join(
+            f"{k}a, {k}b = Split <axis=1> ({x}, halves) {k}c = Conv ({k}b, v{k[1]}) {k}d = Concat <axis=1> ({k}a, {k}c) "
+            f"{k}r = Reshape ({k}d, there) {k}t = Transpose <perm=[0,2,1,3,4]> ({k}r) {out} = Reshape ({k}t, back) "
+            for k, x, out in (("u1", "h", "n"), ("u2", "n", "z"))
+        ),
+        {"v1": (5, 5, 1, 1), "v2": (5, 5, 1, 1), "halves": [5, 5], "there": [2, 2, 5, 6, 6], "back": [2, 10, 6, 6]},
+        units,
+        width=10,
+        out=10,
         joined=False,
     )
     padded: Weights = {"v": (14, 12, 1, 1), "pads": [0, 1, 0, 0, 0, 1, 0, 0], "wg": (12, 7, 1, 1)}
@@ -1138,6 +1170,7 @@ CASES = [
         reductions,
         cuts,
         movement,
+        pointwise,
         idioms,
         run_time_shapes,
         weights_on_their_way,

@@ -18,9 +18,17 @@ def grouped(site: Site, whole: Axis, groups: Axis, inner: Axis) -> None:
         site.product([whole], [groups, inner])
 
 
-def convolve(site: Site, image: Sequence[Axis], result: Sequence[Axis]) -> None:
+def windows(site: Site, image: Sequence[Axis], result: Sequence[Axis], kernel: Sequence[int]) -> None:
+    """Batch axes pass, and spatial axes that a window of one place goes over place by place."""
     site.same_all(image[:1], result[:1])
-    site.fixed([*image[2:], *result[2:]], "spatial axis")
+    count = len(image) - 2
+    strides, pads = site.get("strides") or [1] * count, site.get("pads") or [0] * 2 * count
+    for i, (x, y) in enumerate(zip(image[2:], result[2:], strict=True)):
+        alone = i < len(kernel) and kernel[i] == strides[i] == 1 and not pads[i] and not pads[i + count]
+        if alone and site.size(x) == site.size(y):
+            site.same(x, y)
+        else:
+            site.fixed([x, y], "spatial axis")
 
 
 def convolution(site: Site, x: Sequence[Axis], w: Sequence[Axis], y: Sequence[Axis], bias: Sequence[Axis]) -> None:
@@ -30,7 +38,7 @@ def convolution(site: Site, x: Sequence[Axis], w: Sequence[Axis], y: Sequence[Ax
     grouped(site, x[1], groups, w[1])
     grouped(site, w[0], groups, outputs)
     site.same_all([w[0], *bias], [y[1], y[1]])
-    convolve(site, x, y)
+    windows(site, x, y, [site.size(axis) for axis in w[2:]])
     site.fixed(w[2:], "kernel axis")
     if site.size(groups) > 1:
         site.mend("group", {0: [groups]})
@@ -54,7 +62,7 @@ def conv_transpose(site: Site) -> None:
     grouped(site, y[1], groups, w[1])
     if site.has(2):
         site.same(site.x[2][0], y[1])
-    convolve(site, x, y)
+    windows(site, x, y, [site.size(axis) for axis in w[2:]])
     site.fixed(w[2:], "kernel axis")
     if site.size(groups) > 1:
         site.mend("group", {0: [groups]})

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from onnxprune.relations import Site, rule
+from onnxprune.rules.layers import windows
 
 
 @rule("MaxPool", "AveragePool", "LpPool", "MaxUnpool")
 def pool(site: Site) -> None:
+    places = len(site.y) > 1 or len(site.x) > 1  # MaxPool makes and MaxUnpool takes indices, which count over all places
     for output in site.y:
-        site.same_all(site.x[0][:2], output[:2])
-        site.fixed(output[2:], "spatial axis")
+        site.same_all(site.x[0][1:2], output[1:2])
+        windows(site, site.x[0], output, () if places else site.get("kernel_shape", ()))
     for indices in site.y[1:]:
         site.fixed(indices[:2], "MaxPool's indices count over all channels")
-    site.fixed(site.x[0][2:], "spatial axis")
 
 
 @rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")

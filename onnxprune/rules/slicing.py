@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 
 from onnxprune.relations import Axis, Mend, Site, rule
-
-MOST_PIECES = 1024  # runs of consecutive indices in a constant Gather; beyond it the axes are fixed
 
 
 def others(site: Site, x: list[Axis], y: list[Axis], touched: set[int]) -> None:
@@ -100,23 +96,9 @@ def gather(site: Site) -> None:
     if number is None or len(indices) != 1 or site.size(x[axis]) == 1:
         site.fixed([x[axis]], "indexed by Gather")
         return
-    size = site.size(x[axis])
-    picked = number.astype(np.int64) % size
     site.relations = [r for r in site.relations if not (hasattr(r, "a") and r.a == indices[0])]
     site.fixed(indices, "indices of Gather")
-    if len(set(picked.tolist())) != len(picked):
-        site.fixed([x[axis], y[axis]], "Gather picks an index twice")
-        return
-    cuts = {0, size} | {int(i) for i, j in zip(picked[1:], picked[:-1], strict=True) if i != j + 1}
-    cuts |= {int(j) + 1 for i, j in zip(picked[1:], picked[:-1], strict=True) if i != j + 1}
-    cuts |= {int(picked[0]), int(picked[-1]) + 1} if len(picked) else set()
-    bounds = sorted(cuts)
-    if len(bounds) > MOST_PIECES or not len(picked):
-        site.fixed([x[axis], y[axis]], "Gather of too many pieces")
-        return
-    pieces = {a: site.new(b - a) for a, b in itertools.pairwise(bounds)}
-    site.concat(x[axis], list(pieces.values()))
-    site.concat(y[axis], [pieces[int(i)] for i in picked if int(i) in pieces])
+    site.take(x[axis], y[axis], number)
     site.mends.append(Mend(site.index, 1, take=(x[axis], y[axis])))
 
 
