@@ -16,9 +16,10 @@ from onnxprune.allocations import allocation as allocations
 from onnxprune.certificate import Bench, Proof, certify
 from onnxprune.cost import counter
 from onnxprune.criteria import criterion as criteria
-from onnxprune.errors import OnnxPruneError
-from onnxprune.grouping import Grouping, group
+from onnxprune.errors import OnnxPruneError, ProofError
+from onnxprune.grouping import Grouping, group, without
 from onnxprune.importer import Model, load
+from onnxprune.moves import Moves
 from onnxprune.plans import Plan, match, read_plan
 from onnxprune.rewriter import rewrite
 from onnxprune.scopes import all_graphs, subgraphs
@@ -28,6 +29,7 @@ Source = str | os.PathLike[str] | ModelProto
 Arrays = Mapping[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
 Progress = Callable[[str], None]
+ROUNDS = 4  # of planning without the groups whose removal fails the proof
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def prune(
     loaded = _load(model, feeds, input_shapes, progress)
     grouping, proof, bench = _certified(group(loaded, allow_io), feeds, seed, verify, progress)
     _some(grouping)
-    names = _names(grouping)
+    names = _names(grouping) if scope or exclude or layer_ratios else {}
     chosen = {g.id for g in grouping.groups}
     if scope:
         chosen &= _matching(names, scope, "--scope", loaded)
@@ -138,9 +140,6 @@ def prune(
         raise OnnxPruneError(f"{loaded.name}: no group is left to prune; widen --scope or --exclude less", 3)
     _say(progress, f"scoring {len(chosen)} groups")
     scores = {g.id: score(loaded, g, np.random.default_rng([seed, g.id])) for g in grouping.groups if g.id in chosen}
-    choice = choose(grouping, scores, ratio, of, allocation, Limits(min_keep, align), shares)
-    if not choice.remove:
-        raise OnnxPruneError(f"{loaded.name}: nothing can go within --min-keep {min_keep:g} and --align {align}; ask for less of them", 3)
     options = {
         "ratio": ratio,
         "of": of,
@@ -155,8 +154,27 @@ def prune(
         "seed": seed,
         "input_shapes": {k: list(v) for k, v in loaded.input_shapes.items()},
     }
-    made = Plan(grouping, choice.remove, options, choice.reached)
-    return _finish(made, proof, bench, abs(choice.reached - ratio) <= 0.01, progress)
+    failure: ProofError | None = None
+    for _ in range(ROUNDS):
+        choice = choose(grouping, scores, ratio, of, allocation, Limits(min_keep, align), shares)
+        if not choice.remove:
+            break
+        made = Plan(grouping, choice.remove, options, choice.reached)
+        try:
+            return _finish(made, proof, bench, abs(choice.reached - ratio) <= 0.01, progress)
+        except ProofError as error:
+            failure = error
+            if not error.groups:
+                raise
+        _say(progress, f"planning again without {len(failure.groups)} groups")
+        grouping, proof = _less(grouping, proof, failure.groups)
+        scores = {k: v for k, v in scores.items() if k in {g.id for g in grouping.groups}}
+        shares = {k: v for k, v in shares.items() if k in scores}
+        if not scores:
+            break
+    if failure is not None:
+        raise failure
+    raise OnnxPruneError(f"{loaded.name}: nothing can go within --min-keep {min_keep:g} and --align {align}; ask for less of them", 3)
 
 
 def apply(
@@ -198,7 +216,8 @@ def verify(
             raise OnnxPruneError("the model has no groups; there is nothing to prove", 3)
         if pruned is None:
             return result.proof
-        return replace(result.proof, matches=compare(bench, result.model, load(pruned).proto))
+        moves = Moves(result.plan.grouping, after=result.plan.remove)
+        return replace(result.proof, matches=compare(bench, result.model, load(pruned).proto, moves))
     found = group(_load(model, feeds, input_shapes, progress), allow_io)
     _some(found)
     _, proof, bench = certify(found, feeds, seed, progress=progress)
@@ -254,6 +273,14 @@ def _certified(
     return certify(grouping, feeds, seed, progress=progress)
 
 
+def _less(grouping: Grouping, proof: Proof | None, wrong: Mapping[int, str]) -> tuple[Grouping, Proof | None]:
+    """Without the groups whose removal fails the proof."""
+    if proof is not None:
+        proven, unchecked = (tuple(i for i in ids if i not in wrong) for ids in (proof.proven, proof.unchecked))
+        proof = replace(proof, frozen={**proof.frozen, **wrong}, proven=proven, unchecked=unchecked)
+    return without(grouping, wrong), proof
+
+
 def _some(grouping: Grouping) -> None:
     if not grouping.groups:
         reasons = list(dict.fromkeys(reason for _, _, reason in grouping.fixed))[:3]
@@ -286,10 +313,11 @@ def _matching(names: Mapping[int, set[str]], patterns: Sequence[str], option: st
 def _finish(made: Plan, proof: Proof | None, bench: Bench | None, on_budget: bool, progress: Progress | None) -> Result:
     """Rewrite, prove, count."""
     _say(progress, "rewriting")
-    pruned = rewrite(made.grouping, made.remove)
     if proof is not None and bench is not None:
-        grouping, proof = prove_surgery(bench, made.grouping, made.remove, pruned, proof, progress)
+        pruned, grouping, proof = prove_surgery(bench, made.grouping, made.remove, proof, progress)
         made = replace(made, grouping=grouping)
+    else:
+        pruned = rewrite(made.grouping, made.remove)
     kept = {g.id: g.units - len(made.remove.get(g.id, ())) for g in made.groups}
     macs, parameters = counter(made.grouping, "macs"), counter(made.grouping, "params")
     return Result(

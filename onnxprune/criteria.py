@@ -9,6 +9,7 @@ A criterion is a function (model, group, rng) -> array (units,), registered unde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -35,17 +36,25 @@ def rows(model: Model, member: Member) -> np.ndarray:
 
 
 def _along(model: Model, member: Member, power: int) -> np.ndarray:
-    """Σ|w|^power of every index along the member's axis, (units,)."""
-    array = model.array(member.tensor)
+    """Σ|w|^power over each unit's places along the member's axis, (units,)."""
+    key = (member.tensor, member.axis, power)
+    if key not in model.sums:
+        model.sums[key] = _sums(model.array(member.tensor), member.axis, power)
+    return np.asarray(model.sums[key][member.indices].sum(axis=1), np.float64)
+
+
+def _sums(array: np.ndarray, axis: int, power: int) -> np.ndarray:
+    """Σ|w|^power of every index along an axis."""
     array = array.astype(np.float32) if array.dtype != np.float32 else array
-    flat = array.reshape(int(np.prod(array.shape[: member.axis])), array.shape[member.axis], -1)
+    flat = array.reshape(math.prod(array.shape[:axis]), array.shape[axis], -1)
+    sums: np.ndarray
     if power == 2:
         sums = np.einsum("ijk,ijk->j", flat, flat)
     else:
         sums = np.zeros(flat.shape[1], np.float64)
         for part in flat:
             sums += np.abs(part).sum(axis=1, dtype=np.float32)
-    return np.asarray(sums[member.indices].sum(axis=1), np.float64)
+    return sums
 
 
 def normalized(scores: np.ndarray) -> np.ndarray:

@@ -73,9 +73,12 @@ def relate(model: Model, allow_io: Sequence[str] = (), shuffles: Sequence[Shuffl
                 site.relations, site.mends = [], []
                 site.fixed([a for axes in (*site.x, *site.y, site.outside) for a in axes], f"{node.op_type} with odd inputs")
         said = site.mentioned()
-        for axes in (*site.x, *site.y, site.outside) if index not in ends else ():
+        for axes in (*site.x, site.outside) if index not in ends else ():
             forgotten = [a for a in axes if a not in said and site.size(a) != 1]
             site.fixed(forgotten, f"the rule of {node.op_type} leaves it")
+        if any(a not in said and site.size(a) != 1 for axes in site.y for a in axes):  # then it does not know what the node does
+            everything = [a for axes in (*site.x, *site.y) for a in axes]
+            site.fixed(everything, f"the rule of {node.op_type} leaves out an axis of its result")
         relations += site.relations
         mends += site.mends
         sizes |= site.sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,7 +151,7 @@ def constant_numbers(tensors: Mapping[str, TensorProto]) -> dict[str, Folded]:
     """The small integer, boolean and scalar constants."""
     found = {}
     for name, tensor in tensors.items():
-        count = int(np.prod(tensor.dims, dtype=np.int64))
+        count = math.prod(tensor.dims)
         if tensor.data_location == TensorProto.EXTERNAL:
             continue
         if (tensor.data_type in (2, 3, 5, 6, 7, 9) and count <= SMALL) or (tensor.data_type in (1, 10, 11) and count <= 8):

@@ -46,6 +46,7 @@ class Model:
     input_shapes: Mapping[str, Shape]
     ambiguous: frozenset[str] = frozenset()
     _arrays: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    sums: dict[tuple[str, int, int], np.ndarray] = field(default_factory=dict, repr=False)  # of criteria: tensor, axis, power
 
     def array(self, tensor: str) -> np.ndarray:
         """The values of an initializer or Constant, read when first asked for."""

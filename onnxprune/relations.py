@@ -2,6 +2,7 @@
 
 A rule is a plain function that is given a `Site` (one node with its shapes) and says how the axes of the node's inputs and
 outputs relate.  Axes of size above 1 that a rule does not mention are fixed: no rule can leave one free by forgetting it.
+A rule that leaves out an axis of an output does not know what its node does: then all axes of the node are fixed.
 
     @rule("MyScale")                       # a custom operator: y[n, c, …] = x[n, c, …] * scale[c]
     def my_scale(site):
@@ -74,7 +75,8 @@ class Mend:
     where: an input's position or an attribute's name; amounts: {flat element: axes whose sizes it adds up}.  With `take`,
     the input holds indices into the axis take[0] that make the axes take[1:].  An element in `when` is mended
     wherever that axis changes (a bound counted from the end), others where their amount changes.  With `keep`, the missing
-    attribute gets that value where the axis when[0] changes: a default that would follow the size.
+    attribute or input gets that value where the axis when[0] changes: a default that would follow the size; numbers only where
+    one of the axes in `when` becomes 1.
     """
 
     node: int
@@ -82,7 +84,7 @@ class Mend:
     amounts: Mapping[int, tuple[Axis, ...]] = field(default_factory=dict)
     when: Mapping[int, Axis] = field(default_factory=dict)
     take: tuple[Axis, ...] | None = None
-    keep: float | None = None
+    keep: float | tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,8 @@ def show_proof(console: Console, proof: Proof | None) -> None:
         f"proof: {count} groups permuted, outputs move by {proof.permutation:.1e} standard deviations "
         f"(rounding {proof.rounding:.1e}, allowed {proof.tolerance:.1e})"
     )
+    if proof.stepwise:
+        console.print("  each node alone, as rounding alone moves the outputs too far: a node's results move by that much")
     for text, ids in (
         ("kept whole, as these inputs do not exercise them", proof.unexercised),
         ("left unchecked for time whether they are exercised", proof.unchecked),

@@ -161,6 +161,10 @@ class _Editor:
         node = self.nodes[mend.node]
         if isinstance(mend.where, int):
             self.handled.add((mend.node, mend.where))
+        if isinstance(mend.keep, tuple):
+            if any(self.widths.size(axis) == 1 for axis in mend.when.values()):
+                self._say(mend.node, mend.where, mend.keep)
+            return
         if mend.keep is not None:
             if self.widths.mask(mend.when[0]) is not None:
                 for i in reversed(range(len(node.attribute))):
@@ -233,6 +237,16 @@ class _Editor:
         out = self._name(name)
         self.before.setdefault(index, []).append(helper.make_node("Where", [mask, fresh, name], [out], name=out))
         node.input[position] = out
+
+    def _say(self, index: int, where: int | str, numbers: tuple[int, ...]) -> None:
+        """What was left to the sizes: in an attribute or a last input; Squeeze of no axes is Identity."""
+        node = self.nodes[index]
+        if not numbers:
+            node.op_type = "Identity"
+        elif isinstance(where, str):
+            node.attribute.append(helper.make_attribute(where, list(numbers)))
+        else:
+            node.input.append(self._constant(np.array(numbers, np.int64), node.output[0]))
 
     def _take(self, index: int, axes: tuple[Axis, ...]) -> None:
         source, *results = (self.widths.mask(axis) for axis in axes)
@@ -338,7 +352,7 @@ def _fill(
     graph.node.extend(reversed(alive))
     for tensor in source.initializer:
         if tensor.name in needed:
-            graph.initializer.append(editor.tensors[tensor.name])
+            graph.initializer.add().CopyFrom(editor.tensors[tensor.name])  # append copies twice
     read = {name for node in alive for name in node.input}
     graph.initializer.extend(t for t in editor.added if t.name in read)
     made = {o for n in alive for o in n.output}

@@ -6,6 +6,7 @@ shape is computed at run time is folded here and inferred again; what is still o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,10 +121,11 @@ def _infer_at(
             found = _onnx_shapes(proto, nodes, tensors, folded, shapes, passing.shapes(folded) | dict(seen), passing)
             known = {k: np.shape(f.number) for k, f in folded.items()}
             known |= {k: full for k, v in found.items() if (full := _full(v)) is not None} | weights | dict(shapes) | dict(seen)
+            complete = not passing.flows and all(o in known for n in nodes for o in n.output if o)
             folded = fold(nodes, constants, known, static_everywhere)
             known |= {k: np.shape(f.number) for k, f in folded.items()}
             passing.learn(found | known)
-            if (len(known), len(folded)) == before:
+            if complete or (len(known), len(folded)) == before:
                 if passing.confirmed():
                     break
                 known, folded = {}, {}
@@ -190,7 +192,7 @@ def _onnx_shapes(
             for size in shape:
                 value.type.tensor_type.shape.dim.add().dim_value = size
     for name, tensor in tensors.items():
-        if np.prod(tensor.dims) <= SMALL and tensor.data_type in (6, 7, 9, 1) and tensor.data_location != 1:
+        if math.prod(tensor.dims) <= SMALL and tensor.data_type in (6, 7, 9, 1) and tensor.data_location != 1:
             graph.initializer.add().CopyFrom(tensor)
             graph.initializer[-1].name = name
         else:

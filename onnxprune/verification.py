@@ -2,53 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import ModelProto
 
-from onnxprune.certificate import LEAST, MOST, Bench, Progress, Proof, behind_integers, permuted, shuffled
-from onnxprune.errors import OnnxPruneError
-from onnxprune.folding import attributes
-from onnxprune.grouping import Group, Grouping, Member
-from onnxprune.importer import FLOATS, Model
-from onnxprune.rewriter import rewrite
-from onnxprune.running import Arrays, Runner, distance, first_line, jittered, session
+from onnxprune.certificate import Bench, Progress, Proof, behind_integers
+from onnxprune.errors import OnnxPruneError, ProofError
+from onnxprune.grouping import Group, Grouping
+from onnxprune.importer import FLOATS
+from onnxprune.masking import contractions, excuses, zeroed
+from onnxprune.moves import Moves, permuted, shuffled
+from onnxprune.rewriter import Remove, rewrite
+from onnxprune.running import DROWNED, LEAST, MOST, Arrays, Runner, distance, first_line, jittered, session
+from onnxprune.stepwise import Steps, every_value
+
+COMMUTING = 5  # the seed of the order in which units are permuted before they are removed
 
 
 def prove_surgery(
-    bench: Bench, grouping: Grouping, remove: Mapping[int, np.ndarray], pruned: ModelProto, proof: Proof, progress: Progress | None = None
-) -> tuple[Grouping, Proof]:
-    """Commuting and masked equivalence for the pruned model, and that it is a model like the original.
+    bench: Bench, grouping: Grouping, remove: Remove, proof: Proof, progress: Progress | None = None
+) -> tuple[ModelProto, Grouping, Proof]:
+    """The pruned model; that it is a model like the original, and commuting and masked equivalence.
 
-    Groups whose removal is not the same as zeros where a layer sums over them are marked `statistics` in the grouping that
-    is returned.  Raises OnnxPruneError (exit code 4) where the pruned model does not compute what it must.
+    Groups of which zeros are not the same as removing, for a reason that the graph shows, are marked `statistics` in the
+    grouping that is returned.  Raises ProofError (exit code 4) where the pruned model does not compute what it must; it
+    names the groups that cause it.
     """
     say = progress or (lambda text: None)
-    say("checking the pruned model")
-    outputs = check_model(bench, pruned)
     losing = [g for g in grouping.groups if len(remove.get(g.id, ()))]
     say("permuting before pruning")
-    gap, tolerance = _commuting(bench, grouping, losing, remove, pruned, outputs)
-    if gap > tolerance:
-        raise OnnxPruneError(
-            f"the pruned model failed its proof: pruning a permuted model gives other outputs (by {gap:.2g} standard deviations, "
-            f"{tolerance:.2g} are rounding); nothing is written",
-            4,
-        )
+    try:
+        pruned, gap, rounding = _pruned(bench, grouping, losing, remove)
+    except ProofError:
+        raise
+    except OnnxPruneError as error:
+        say(f"looking for the cause among {len(losing)} groups")
+        raise _failure(grouping, _culprits(losing, error, lambda part: _pruned(bench, grouping, part, remove))) from error
     say("comparing with the masked original")
-    grouping, masked = _masked(bench, grouping, remove)
-    _elsewhere(bench, grouping, remove)
-    marked = tuple(g.id for g in grouping.groups if g.statistics and len(remove.get(g.id, ())))
-    return grouping, replace(proof, commuting=gap, masked=masked, statistics=marked)
+    marked, wrong, masked = _masked(bench, grouping, losing, remove, rounding)
+    if wrong:
+        raise _failure(grouping, wrong)
+    grouping = replace(grouping, groups=tuple(replace(g, statistics=g.statistics or g.id in marked) for g in grouping.groups))
+    plain = [g for g in grouping.groups if len(remove.get(g.id, ())) and not g.statistics]
+    try:
+        _elsewhere(bench, grouping, plain, remove)
+    except OnnxPruneError as error:
+        raise _failure(grouping, _culprits(plain, error, lambda part: _elsewhere(bench, grouping, part, remove))) from error
+    changing = tuple(g.id for g in grouping.groups if g.statistics and len(remove.get(g.id, ())))
+    return pruned, grouping, replace(proof, commuting=gap, masked=masked, statistics=changing)
 
 
-def check_model(bench: Bench, pruned: ModelProto) -> dict[str, np.ndarray]:
+def _failure(grouping: Grouping, wrong: Mapping[int, str]) -> ProofError:
+    first = next(g for g in grouping.groups if g.id in wrong)
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    message = (
+        f"group {first.id} ('{first.members[0].tensor}'){more} fails the proof of the pruned model: {wrong[first.id]}; nothing is written"
+    )
+    return ProofError(message, {k: f"the pruned model fails its proof: {why}" for k, why in wrong.items()})
+
+
+def _culprits(losing: list[Group], error: OnnxPruneError, check: Callable[[list[Group]], object]) -> dict[int, str]:
+    """The groups with which the check raises, and why; found by bisection.
+
+    Raises the error where the check fails without any group, too.
+    """
+    found: dict[int, str] = {}
+
+    def why(part: list[Group]) -> str:
+        try:
+            check(part)
+        except ProofError:  # of rounding, not of a group
+            return ""
+        except OnnxPruneError as reason:
+            return str(reason)
+        return ""
+
+    def search(part: list[Group], reason: str) -> None:
+        if len(part) == 1:
+            found[part[0].id] = reason
+            return
+        halves = part[: len(part) // 2], part[len(part) // 2 :]
+        reasons = [why(half) for half in halves]
+        for half, own in zip(halves, reasons, strict=True):
+            if own:
+                search(half, own)
+        if not any(reasons):  # either half passes without the other
+            found.update((g.id, reason) for g in halves[1])
+
+    if not losing or why([]):
+        raise error
+    search(losing, str(error))
+    return found
+
+
+def check_model(bench: Bench, pruned: ModelProto, moves: Moves | None = None) -> dict[str, np.ndarray]:
     """Checker, shape inference, a session, the interface and finite outputs; returns the outputs as float32.
 
+    moves: what inputs that may shrink lose.
     Raises OnnxPruneError (exit code 4) where any of it fails.
     """
     for check in (onnx.checker.check_model, _infer_strictly):
@@ -59,19 +112,19 @@ def check_model(bench: Bench, pruned: ModelProto) -> dict[str, np.ndarray]:
                 check(bench.model.proto)
             except Exception:  # the original fails it as well
                 continue
-            raise OnnxPruneError(f"the pruned model is not well-formed ({first_line(error)}); nothing is written", 4) from error
-    outputs = Runner(pruned, watch=behind_integers(bench.model)).run(bench.feeds)
+            raise OnnxPruneError(f"the pruned model is not well-formed ({first_line(error)})", 4) from error
+    outputs = Runner(pruned, watch=behind_integers(bench.model)).run(moves.arrays(bench.feeds) if moves else bench.feeds)
     before, after = bench.model.proto.graph, pruned.graph
     old = {v.name: v.type.tensor_type.elem_type for v in (*before.input, *before.output) if v.name not in bench.model.tensors}
     new = {v.name: v.type.tensor_type.elem_type for v in (*after.input, *after.output) if v.name not in bench.model.tensors}
     if old != new:
-        raise OnnxPruneError("the pruned model has other inputs or outputs; nothing is written", 4)
+        raise OnnxPruneError("the pruned model has other inputs or outputs", 4)
     for name, array in bench.reference.items():
         ours = np.asarray(outputs[name]) if name in outputs else None
         if ours is None or ours.ndim != np.ndim(array):
-            raise OnnxPruneError(f"the pruned model's output '{name}' has another shape; nothing is written", 4)
+            raise OnnxPruneError(f"the pruned model's output '{name}' has another shape", 4)
         if ours.dtype.kind == "f" and np.isfinite(array).all() and not np.isfinite(ours).all():
-            raise OnnxPruneError(f"the pruned model's output '{name}' is not finite; nothing is written", 4)
+            raise OnnxPruneError(f"the pruned model's output '{name}' is not finite", 4)
     if _has_halves(pruned):
         try:
             session(pruned, optimize=True)
@@ -84,8 +137,8 @@ def _infer_strictly(proto: ModelProto) -> None:
     onnx.shape_inference.infer_shapes(proto, strict_mode=True)
 
 
-def compare(bench: Bench, expected: ModelProto, given: ModelProto) -> float:
-    """How far a model's outputs are from those of what the plan leaves.
+def compare(bench: Bench, expected: ModelProto, given: ModelProto, moves: Moves) -> float:
+    """How far a model's outputs are from those of what the plan leaves; moves: what inputs that may shrink lose.
 
     Raises OnnxPruneError (exit code 4) where its tensors have other names or shapes, or its interface differs.
     """
@@ -94,7 +147,7 @@ def compare(bench: Bench, expected: ModelProto, given: ModelProto) -> float:
         if shapes[1].get(name) != shape:
             found = list(shapes[1][name]) if name in shapes[1] else "missing"
             raise OnnxPruneError(f"'{name}' is {found} in the pruned model; the plan leaves {list(shape)}", 4)
-    return distance(check_model(bench, expected), check_model(bench, given))
+    return distance(check_model(bench, expected, moves), check_model(bench, given, moves))
 
 
 def session_of_original(bench: Bench) -> None:
@@ -103,139 +156,129 @@ def session_of_original(bench: Bench) -> None:
         session(bench.model.proto, optimize=True)
     except OnnxPruneError:
         return
-    raise OnnxPruneError("the pruned model does not load in onnxruntime, the original does; nothing is written", 4)
+    raise OnnxPruneError("the pruned model does not load in onnxruntime, the original does", 4)
 
 
 def _has_halves(proto: ModelProto) -> bool:
     return any(t.data_type in FLOATS and t.data_type != FLOATS[0] for t in proto.graph.initializer)
 
 
-def _commuting(
-    bench: Bench, grouping: Grouping, losing: list[Group], remove: Mapping[int, np.ndarray], pruned: ModelProto, outputs: Arrays
-) -> tuple[float, float]:
-    """The gap between pruning and pruning after a permutation, and what counts as equal on the pruned model."""
+def _pruned(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remove) -> tuple[ModelProto, float, float]:
+    """The model without the units of some groups, the gap to pruning after a permutation, and what rounding does to its outputs.
+
+    Raises OnnxPruneError (exit code 4) where it is not well-formed or the gap is more than rounding; ProofError where rounding
+    alone may be the cause.
+    """
+    gone = {g.id: remove[g.id] for g in losing}
+    pruned = rewrite(grouping, gone)
+    narrow = Moves(grouping, after=gone)
+    outputs = check_model(bench, pruned, narrow)
     if not losing:
-        return 0.0, bench.tolerance
-    moved = permuted(bench.arrays, losing, seed=5)
-    same = {g.id: np.sort(np.argsort(shuffled(g, 5))[remove[g.id]]) for g in losing}
-    other = rewrite(grouping, same, moved)
+        return pruned, 0.0, bench.rounding
+    feeds = narrow.arrays(bench.feeds)
+    same = {g.id: np.sort(np.argsort(shuffled(g, COMMUTING))[remove[g.id]]) for g in losing}
+    other = rewrite(grouping, same, permuted(bench.arrays, losing, seed=COMMUTING))
+    moves = Moves(grouping, losing, COMMUTING, gone, same)
     names = {t.name for t in pruned.graph.initializer if t.name in bench.arrays and t.data_type in FLOATS}
     runner = Runner(pruned, names, watch=behind_integers(bench.model))
     small = {t.name: onnx.numpy_helper.to_array(t) for t in pruned.graph.initializer if t.name in names}
-    rounding = distance(outputs, runner.run(bench.feeds, jittered(small, np.random.default_rng(3))))
+    rounding = distance(outputs, runner.run(feeds, jittered(small, np.random.default_rng(3))))
     rounding = max(rounding, bench.rounding) if np.isfinite(rounding) else MOST
     tolerance = min(MOST, max(LEAST, 5 * rounding))
     twin = Runner(other, watch=behind_integers(bench.model))
-    gap = distance(outputs, twin.run(bench.feeds))
+    gap = distance(moves.arrays(outputs), twin.run(moves.arrays(feeds)))
     if bench.elsewhere is not None:
-        gap = max(gap, distance(runner.run(bench.elsewhere), twin.run(bench.elsewhere)))
-    return gap, tolerance
+        there = narrow.arrays(bench.elsewhere)
+        gap = max(gap, distance(moves.arrays(runner.run(there)), twin.run(moves.arrays(there))))
+    seen = gap
+    if 5 * rounding > MOST:
+        values = every_value(pruned, feeds, bench.model.folded)
+        gap, tolerance = LEAST * Steps(values, feeds, other).gap(moves), LEAST
+    if gap > tolerance:
+        raise OnnxPruneError(
+            f"pruning a permuted model gives other outputs (by {gap:.2g} standard deviations, {tolerance:.2g} are rounding)", 4
+        )
+    if 5 * rounding > MOST:
+        _comparable(seen)
+    return pruned, gap, rounding
 
 
-def _elsewhere(bench: Bench, grouping: Grouping, remove: Mapping[int, np.ndarray]) -> None:
-    """At other input sizes too the pruned model equals the masked original."""
-    plain = [g for g in grouping.groups if len(remove.get(g.id, ())) and not g.statistics]
-    if bench.elsewhere is None or not plain:
+def _comparable(gap: float) -> None:
+    """Raises ProofError where every node is right and yet rounding moves the outputs too far for anyone to see that."""
+    if gap > DROWNED:
+        raise ProofError(f"rounding alone moves the outputs by {gap:.2g} standard deviations on these inputs; give others with --feeds", {})
+
+
+def _elsewhere(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remove) -> None:
+    """At other input sizes too the pruned model equals the masked original.  Raises OnnxPruneError (exit code 4) where not."""
+    if bench.elsewhere is None or not losing:
         return
-    pruned = Runner(rewrite(grouping, {g.id: remove[g.id] for g in plain}), watch=behind_integers(bench.model))
-    outputs = pruned.run(bench.elsewhere)
-    gap = float("inf")
-    for readers in (contractions(bench.model), None):
-        masked = bench.runner.run(bench.elsewhere, zeroed(bench.arrays, plain, remove, readers))
-        gap = min(gap, distance(masked, outputs))
+    gap = _masked_gap(bench, grouping, losing, remove, bench.elsewhere)
     if gap > 2 * bench.tolerance:
         sizes = {k: list(np.shape(v)) for k, v in bench.elsewhere.items()}
-        raise OnnxPruneError(
-            f"the pruned model failed its proof on inputs of {sizes}: it differs from the masked original by {gap:.2g} "
-            "standard deviations; nothing is written",
-            4,
-        )
+        raise OnnxPruneError(f"on inputs of {sizes} it differs from the masked original by {gap:.2g} standard deviations", 4)
 
 
-def _masked(bench: Bench, grouping: Grouping, remove: Mapping[int, np.ndarray]) -> tuple[Grouping, float | None]:
-    """Zeroing equals removing wherever layers sum over the units; groups for which it does not are marked `statistics`."""
-    sums = contractions(bench.model)
-    marked: set[int] = set()
-    worst: float | None = None
+def _masked_gap(bench: Bench, grouping: Grouping, part: list[Group], remove: Remove, feeds: Arrays, rounding: float = 0.0) -> float:
+    """How far the model without the units of some groups is from the original with zeros in their place."""
+    gone = {g.id: remove[g.id] for g in part}
+    moves, model, least = Moves(grouping, after=gone), bench.model, float("inf")
+    try:
+        pruned = rewrite(grouping, gone)
+    except OnnxPruneError:
+        return least
+    for readers in (contractions(model), None):
+        zeros = zeroed(bench.arrays, part, remove, readers)
+        try:
+            if 5 * rounding > MOST:
+                values = every_value(model.proto, feeds, model.folded, zeros)
+                gap = bench.tolerance * Steps(values, feeds, pruned).gap(moves)
+            else:
+                outputs = Runner(pruned, watch=behind_integers(model)).run(moves.arrays(feeds))
+                gap = distance(moves.arrays(bench.runner.run(feeds, zeros)), outputs)
+        except OnnxPruneError:
+            continue
+        least = min(least, gap)
+        if least <= bench.tolerance:
+            break
+    return least
+
+
+def _masked(
+    bench: Bench, grouping: Grouping, losing: list[Group], remove: Remove, rounding: float
+) -> tuple[set[int], dict[int, str], float | None]:
+    """Where zeroing does not equal removing: ids of groups with a reason for that, why others are wrong; and the gap of the rest."""
+    plain = [g for g in losing if not g.statistics]
+    reasons: dict[int, str] = {}
+    apart: set[int] = set()
 
     def gap(part: list[Group]) -> float:
-        pruned = Runner(rewrite(grouping, {g.id: remove[g.id] for g in part}), watch=behind_integers(bench.model))
-        try:
-            outputs = pruned.run(bench.feeds)
-        except OnnxPruneError:
-            return float("inf")
-        gaps = []
-        for readers in (sums, None):
-            try:
-                masked = bench.runner.run(bench.feeds, zeroed(bench.arrays, part, remove, readers))
-            except OnnxPruneError:
-                continue
-            gaps.append(distance(masked, outputs))
-            if gaps[-1] <= bench.tolerance:
-                break
-        return min(gaps, default=float("inf"))
+        return _masked_gap(bench, grouping, part, remove, bench.feeds, rounding)
 
-    def search(part: list[Group]) -> None:
-        nonlocal worst
-        if not part:
-            return
-        found = gap(part)
+    def search(part: list[Group], found: float) -> None:
         if found <= bench.tolerance:
-            worst = max(worst or 0.0, found)
-        elif len(part) == 1:
-            marked.add(part[0].id)
-        else:
-            search(part[: len(part) // 2])
-            search(part[len(part) // 2 :])
+            return
+        if len(part) == 1:
+            apart.add(part[0].id)
+            return
+        for half in (part[: len(part) // 2], part[len(part) // 2 :]):
+            search(half, gap(half))
 
-    losing = [g for g in grouping.groups if len(remove.get(g.id, ())) and not g.statistics]
-    search(losing)
-    while marked and (rest := [g for g in losing if g.id not in marked]):
-        whole = gap(rest)
-        if whole <= bench.tolerance:
-            worst = whole
-            break
-        marked |= {g.id for g in rest[len(rest) * 3 // 4 :]}
-    if marked:
-        grouping = replace(grouping, groups=tuple(replace(g, statistics=g.statistics or g.id in marked) for g in grouping.groups))
-    return grouping, worst if any(g.id not in marked for g in losing) else None
-
-
-def contractions(model: Model) -> set[tuple[str, int]]:
-    """The (tensor, axis) pairs of constants that a layer sums over."""
-    found: set[tuple[str, int]] = set()
-    for node in model.nodes:
-        for position, name in enumerate(node.input):
-            if name not in model.tensors:
-                continue
-            rank = len(model.tensors[name].dims)
-            if node.op_type == "Conv" and position == 1:
-                found.add((name, 1))
-            elif node.op_type == "ConvTranspose" and position == 1:
-                found.add((name, 0))
-            elif node.op_type == "Gemm" and position < 2:
-                flipped = attributes(node).get("transB" if position else "transA", 0)
-                found.add((name, 1 - position if not flipped else position))
-            elif node.op_type == "MatMul" and rank >= 2:
-                found.add((name, rank - 2 if position else rank - 1))
-            elif node.op_type in ("LSTM", "GRU", "RNN") and position in (1, 2):
-                found.add((name, 2))
-    return found
-
-
-def zeroed(
-    arrays: Arrays, groups: Sequence[Group], remove: Mapping[int, np.ndarray], readers: set[tuple[str, int]] | None
-) -> dict[str, np.ndarray]:
-    """The tensors with the removed units' slices zero: everywhere, or only where `readers` sum over them."""
-    changed: dict[str, np.ndarray] = {}
-    for group in groups:
-        members: Sequence[Member] = group.members
-        if readers is not None:
-            members = [m for m in members if (m.tensor, m.axis) in readers] or members
-        for member in members:
-            array = changed[member.tensor] if member.tensor in changed else arrays[member.tensor].copy()
-            index: list[Any] = [slice(None)] * array.ndim
-            index[member.axis] = member.indices[remove[group.id]].ravel()
-            array[tuple(index)] = 0
-            changed[member.tensor] = array
-    return changed
+    if not plain:
+        return set(), {}, None
+    worst = gap(plain)
+    search(plain, worst)
+    rest = [g for g in plain if g.id not in apart]
+    if worst > bench.tolerance:
+        reasons = excuses(grouping)
+        rest.sort(key=lambda g: g.id in reasons)
+        worst = gap(rest) if rest else 0.0
+    while rest and worst > bench.tolerance:  # each alone is within rounding, all together are not
+        keep = len(rest) * 3 // 4
+        apart |= {g.id for g in rest[keep:]}
+        rest = rest[:keep]
+        worst = gap(rest) if rest else 0.0
+    if rest and 5 * rounding > MOST:
+        _comparable(_masked_gap(bench, grouping, rest, remove, bench.feeds))
+    wrong = {i: "zeros in place of its units give other outputs than removing them" for i in apart if i not in reasons}
+    return apart - set(wrong), wrong, worst if rest else None

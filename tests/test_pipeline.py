@@ -359,16 +359,25 @@ def test_a_rule_that_only_holds_at_one_size_is_caught(monkeypatch: pytest.Monkey
         site.same(site.x[0][1], site.y[0][1])
 
     monkeypatch.setitem(relations._RULES, "Slice", careless)
-    monkeypatch.setattr(certificate, "_exercised", lambda bench, groups, *rest: (tuple(g.id for g in groups), (), ()))
+    monkeypatch.setattr(certificate, "_exercised", lambda bench, grouping, *rest: (tuple(g.id for g in grouping.groups), (), ()))
     text = f"""<ir_version: 8, opset_import: ["": 17]> g (float[N, T, 4] x) => (float[N, T, 3] y) <int64[1] zero = {{0}}>
         {{ n = Shape <start=1, end=2> (x) {TABLES["slice"]} h = MatMul (x, w1) a = Add (h, p) r1 = Relu (a) y = MatMul (r1, w2) }}"""
     model = onnx.parser.parse_model(text)
     rng = np.random.default_rng(0)
     for name, shape in (("w1", (4, 8)), ("table", (64, 8)), ("w2", (8, 3))):
         model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
-    with pytest.raises(onnxprune.OnnxPruneError) as caught:
-        onnxprune.prune(model, 0.9, of="channels", min_keep=1)
+    claimed = onnxprune.plan(model, 0.9, of="channels", min_keep=1, verify=False)
+    wrong = {g.id for g in claimed.groups if any((m.tensor, m.axis) == ("table", 0) for m in g.members)}
+    assert wrong
+    with pytest.raises(onnxprune.OnnxPruneError, match="'table'") as caught:
+        onnxprune.apply(model, claimed, verify=True)
     assert caught.value.exit_code == 4
+    result = onnxprune.prune(model, 0.4, of="channels", min_keep=1)
+    assert sizes(result.model)["table"] == [64, sizes(result.model)["w1"][1]]
+    assert sizes(result.model)["w1"][1] < 8
+    assert result.proof is not None
+    assert set(result.proof.frozen) == wrong
+    assert run(result.model, x=np.zeros((3, 50, 4), np.float32))[0].shape == (3, 50, 3)
 
 
 # --- the proof ------------------------------------------------------------------------------------------------------
@@ -393,6 +402,25 @@ def test_a_wrong_rule_is_caught_and_its_groups_are_frozen(monkeypatch: pytest.Mo
     result = onnxprune.prune(model, 0.2, min_keep=1)
     assert sizes(result.model)["w1"] == [4, 8]
     assert sizes(result.model)["w3"][0] < 6
+
+
+def test_a_rule_that_leaves_out_an_axis_of_its_result_fixes_the_whole_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that ties the batch and forgets where the channels go: they must not be taken for free on either side."""
+    from onnxprune import relations
+
+    def forgetful(site: relations.Site) -> None:
+        site.same(site.x[0][0], site.y[0][0])
+        site.product([site.x[0][1]], [site.x[0][1]])
+
+    monkeypatch.setitem(relations._RULES, "CumSum", forgetful)
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[N, 4] x) => (float[N, 3] y)
+        <int64[1] axis = {1}> { h = MatMul(x, w1) c = CumSum(h, axis) r = Relu(c) k = MatMul(r, w2) s = Relu(k) y = MatMul(s, w3) }"""
+    model = onnx.parser.parse_model(text)
+    for name, shape in (("w1", (4, 8)), ("w2", (8, 6)), ("w3", (6, 3))):
+        model.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
+    claimed = onnxprune.groups(model, verify=False)
+    assert {(m.tensor, m.axis) for g in claimed.groups for m in g.members} == {("w2", 1), ("w3", 0)}
+    assert {(t, a) for t, a, reason in claimed.fixed if "CumSum leaves out" in reason} == {("w1", 1), ("w2", 0)}
 
 
 def test_a_branch_that_does_not_reach_the_output_is_not_exercised() -> None:

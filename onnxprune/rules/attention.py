@@ -34,6 +34,7 @@ def cached(site: Site, axes: Sequence[Axis], heads: Axis, size: Axis) -> None:
     if axes:
         site.same(axes[1], heads)
         site.same(axes[3], size)
+        site.fixed([axes[0], axes[2]], "batch and length of a cache")
 
 
 def logits(site: Site, first: int, heads: Axis) -> None:
@@ -41,6 +42,7 @@ def logits(site: Site, first: int, heads: Axis) -> None:
     for axes in site.y[first:]:
         if len(axes) > 1:
             site.same(axes[1], heads)
+            site.fixed([axes[0], *axes[2:]], "batch and lengths of attention's logits")
 
 
 def keep_scale(site: Site, size: Axis) -> None:
@@ -95,6 +97,7 @@ def packed_attention(site: Site) -> None:
             site.same(axes[2], heads)
             site.same(axes[4], size)
             site.same(size, inner)
+            site.fixed([axes[0], axes[1], axes[3]], "batch and length of a cache")
     over_heads(site, 5, heads)
     if site.get("do_rotary"):
         site.fixed([size], "rotary embedding inside Attention")

@@ -70,7 +70,9 @@ def unpacked(site: Site) -> None:
     """The axis along which elements stand is fixed, the others are theirs."""
     joins = site.node.op_type == "ConcatFromSequence"
     whole, part = (site.y[0], site.x[0]) if joins else (site.x[0], site.y[0])
-    kept = [i for i in range(len(whole)) if i != site.get("axis", 0) % len(whole)]
+    along = site.get("axis", 0) % len(whole)
+    kept = [i for i in range(len(whole)) if i != along]
+    site.fixed([whole[along], *(part[along : along + 1] if len(part) == len(whole) else [])], "elements of a sequence")
     if len(part) == len(whole):
         site.same_all([whole[i] for i in kept], [part[i] for i in kept])
     elif len(part) == len(kept):

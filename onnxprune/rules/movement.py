@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from onnxprune.relations import Axis, Site, rule
+from onnxprune.relations import Axis, Mend, Site, rule
 
 
 def blocks(site: Site, left: Sequence[Axis], right: Sequence[Axis]) -> Iterator[tuple[list[Axis], list[Axis]]]:
@@ -63,8 +63,13 @@ def flatten(site: Site) -> None:
 
 @rule("Squeeze", "Unsqueeze")
 def squeeze(site: Site) -> None:
-    """Axes of size 1 come and go; the others keep their order."""
-    regroup(site, site.x[0], site.y[0])
+    """Axes of size 1 come and go; the others keep their order.  Squeeze without axes takes those that are 1 now, and no others."""
+    x = site.x[0]
+    regroup(site, x, site.y[0])
+    if site.node.op_type == "Squeeze" and not site.has(1) and "axes" not in site.attributes:
+        ones = tuple(i for i, axis in enumerate(x) if site.size(axis) == 1)
+        when = {i: axis for i, axis in enumerate(x) if i not in ones}
+        site.mends.append(Mend(site.index, "axes" if site.opset < 13 else 1, when=when, keep=ones))
 
 
 @rule("Transpose")
@@ -110,12 +115,14 @@ def resize(site: Site) -> None:
 @rule("GridSample")
 def grid_sample(site: Site) -> None:
     site.same_all(site.x[0][:2], site.y[0][:2])
+    site.fixed([*site.x[0][2:], *site.x[1], *site.y[0][2:]], "spatial axis")
 
 
 @rule("Shape", "Size")
 def shape(site: Site) -> None:
     """What becomes of the numbers is followed by folding; the sizes themselves may change."""
     site.product(site.x[0], site.x[0]) if site.x[0] else None
+    site.fixed([a for axes in site.y for a in axes], "a list of sizes")
 
 
 @rule("ConstantOfShape")

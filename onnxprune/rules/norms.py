@@ -106,3 +106,4 @@ def embed_layer_normalization(site: Site) -> None:
         site.same_all(parameter, [hidden])
     for axes in site.y[2:]:
         site.same_all(axes, site.y[0])
+    site.fixed([*site.y[0][:-1], *(a for axes in site.y[1:2] for a in axes)], "batch and places")

@@ -95,6 +95,8 @@ def qlinear_pool(site: Site) -> None:
     channel = -1 if site.get("channels_last", 0) else 1
     site.same(x[0], y[0])
     site.same(x[channel], y[channel])
+    passing = (x[0], x[channel], y[0], y[channel])
+    site.fixed([a for a in (*x, *y) if a not in passing], "spatial axis")
 
 
 @rule(f"{MS}:QLinearConcat")

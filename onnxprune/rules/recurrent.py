@@ -31,6 +31,7 @@ def recurrent(site: Site) -> None:
     states = [site.x[i] for i in (5, 6) if site.has(i)] + [axes for axes in site.y[1:] if axes]
     for axes in (*states, site.y[0]):
         site.same_all(axes[-1:], [hidden])
+        site.fixed(axes[:-1], "steps, directions and batch of a recurrent layer")
     site.mend("hidden_size", {0: [hidden]})
 
 

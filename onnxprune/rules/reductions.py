@@ -64,7 +64,7 @@ def along_axis(site: Site) -> None:
     x, op = site.x[0], site.node.op_type
     number = site.number(1) if op == "CumSum" else None
     if op == "CumSum" and number is None:
-        site.fixed(x, "CumSum along an axis that is computed at run time")
+        site.fixed([*x, *site.y[0]], "CumSum along an axis that is computed at run time")
         return
     axis = int(number.ravel()[0]) if number is not None else site.get("axis", -1 if op == "TopK" else 0)
     axis %= len(x)
@@ -72,4 +72,5 @@ def along_axis(site: Site) -> None:
         others = [a for i, a in enumerate(x) if i != axis]
         targets = [a for i, a in enumerate(output) if i != axis] if len(output) == len(x) else output
         site.same_all(others, targets)
+        site.fixed([output[axis]] if len(output) == len(x) else [], f"{op} tells places along it apart")
     site.fixed([x[axis]], f"{op} tells places along it apart")
