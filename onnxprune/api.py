@@ -25,6 +25,7 @@ from onnxprune.importer import Model, load
 from onnxprune.moves import Moves
 from onnxprune.plans import Plan, match, read_plan
 from onnxprune.rewriter import rewrite
+from onnxprune.scopes import all_graphs, subgraphs
 from onnxprune.verification import check_model, compare, prove_surgery
 
 Source = str | os.PathLike[str] | ModelProto
@@ -344,7 +345,8 @@ def _names(grouping: Grouping) -> dict[int, set[str]]:
     """For each group its tensors and the nodes that read them; for a residual branch all that is in it, and its Add."""
     readers: dict[str, set[str]] = {}
     for node in grouping.model.nodes:
-        for name in node.input:
+        bodies = (one for graph in subgraphs(node) for part in all_graphs(graph) for one in part.node)
+        for name in (*node.input, *(name for one in bodies for name in one.input)):  # a Loop reads what its body reads
             readers.setdefault(name, set()).update({node.name, *node.output} - {""})
     names = {g.id: set().union(*({m.tensor} | readers.get(m.tensor, set()) for m in g.members)) for g in grouping.groups}
     for branch, own in ((g.branch, names[g.id]) for g in grouping.groups if g.branch is not None):

@@ -37,7 +37,7 @@ def with_branches(grouping: Grouping) -> Grouping:
     """The grouping with a group of kind "block" for every residual branch that can be cut, after those that it has."""
     finder = _Finder(grouping.model)
     start = max((g.id for g in grouping.groups), default=-1) + 1
-    found = [one for node in grouping.model.nodes if (one := finder.branch(node)) is not None]
+    found = [one for node in grouping.model.main if (one := finder.branch(node)) is not None]
     blocks = [
         Group(start + i, 1, "block", False, tuple(finder.member(name) for name in tensors), (), branch)
         for i, (branch, tensors) in enumerate(found)
@@ -50,13 +50,13 @@ class _Finder:
 
     def __init__(self, model: Model) -> None:
         self.model, self.liveness = model, Liveness(model)
-        self.order = {id(node): i for i, node in enumerate(model.nodes)}
+        self.order = {id(node): i for i, node in enumerate(model.main)}
         self.macs = {where: count(model, [(factor, axes, where)]) for factor, axes, where in mac_terms(model)}
         self.outward: dict[str, int] = {}  # for a layer's weight, the axis that it does not sum over
         self.constant = set(model.tensors) - self.liveness.defaults
         self.roots: dict[str, frozenset[str]] = {}  # of a constant that nodes compute, the tensors that it comes from
         self.above = {name: 1 << i for i, name in enumerate(model.inputs)}  # bit i: value i is this one or an ancestor of it
-        for node in model.nodes:
+        for node in model.main:
             self._place(node)
 
     def _place(self, node: NodeProto) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from onnx import GraphProto, NodeProto
+
 from onnxprune import layouts
 from onnxprune.folding import attributes
 from onnxprune.grouping import Grouping
@@ -12,18 +14,45 @@ from onnxprune.importer import FLOATS, Model
 from onnxprune.layouts import Dim, Layout, find
 from onnxprune.liveness import Liveness
 from onnxprune.relations import Axis, Site
+from onnxprune.scopes import all_graphs, flow, subgraphs, taken, trips
 
 Term = tuple[float, tuple[Axis, ...], str]
 
 
 def mac_terms(model: Model) -> list[Term]:
-    """Multiply-accumulates of the main graph: each term is a number times the sizes of axes, and the value that it makes.
+    """Multiply-accumulates at the model's sizes: each term is a number times the sizes of axes, and the value that it makes.
 
     Conv and ConvTranspose: output (input) elements × kernel elements a channel; MatMul, Gemm and Einsum: output elements ×
-    contracted size; recurrent layers: time × batch × elements of W and R.
+    contracted size; recurrent layers: time × batch × elements of W and R.  The body of Loop and Scan counts as often as it
+    runs, once where that is not known; both branches of an If count, as either may run, or the one that is always taken.
     """
+    return [(factor, axes, _named(node)) for node in model.main for factor, axes, _ in _terms(model, [node])]
+
+
+def _named(node: NodeProto) -> str:
+    """A value that is there as long as the node is."""
+    return next((out for out in node.output if out), "")
+
+
+def _inside(model: Model, node: NodeProto) -> list[Term]:
+    """The terms of a control flow node's bodies."""
+    links = flow(node, model.opsets.get("ai.onnx", 1))
+    if links is None:
+        return []
+    if node.op_type == "If":
+        branch = taken(node, model.folded)
+        keys = ["then_branch", "else_branch"] if branch is None else [("then_branch", "else_branch")[branch]]
+        return [term for key in keys for term in _terms(model, attributes(node)[key].node)]
+    makers = {o: one for graph in subgraphs(node) for one in graph.node for o in one.output}
+    times = trips(node, links, model.shapes, model.folded, makers)
+    times = 1 if times is None else times
+    return [(f * times, axes, made) for graph in subgraphs(node) for f, axes, made in _terms(model, graph.node)]
+
+
+def _terms(model: Model, nodes: Iterable[NodeProto]) -> list[Term]:
     terms: list[Term] = []
-    for index, node in enumerate(model.nodes):
+    for index, node in enumerate(nodes):
+        terms += _inside(model, node)
         op = ALIKE.get(node.op_type, node.op_type)
         names = [n for n in (*node.input[:3], node.output[0] if node.output else "") if n]
         if op not in COUNTED or any(n not in model.shapes for n in names):
@@ -84,9 +113,16 @@ def attention_products(site: Site) -> list[tuple[float, tuple[Axis, ...]]]:
 
 
 def parameter_terms(model: Model) -> list[Term]:
-    """Elements of every float initializer and Constant of the main graph."""
+    """Elements of every float initializer and Constant, those in bodies included."""
+    hosts = {name: _named(node) for node in model.main for graph in subgraphs(node) for name in _made(graph)}
     floats = ((name, tensor) for name, tensor in model.tensors.items() if tensor.data_type in FLOATS)
-    return [(1, tuple((name, i) for i in range(len(tensor.dims))), name) for name, tensor in floats]
+    return [(1, tuple((name, i) for i in range(len(tensor.dims))), hosts.get(name, name)) for name, tensor in floats]
+
+
+def _made(graph: GraphProto) -> list[str]:
+    """The tensors of a subgraph and of those in it."""
+    graphs = list(all_graphs(graph))
+    return [t.name for one in graphs for t in one.initializer] + [o for one in graphs for n in one.node for o in n.output]
 
 
 @dataclass(frozen=True)

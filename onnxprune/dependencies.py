@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import onnxprune.rules  # noqa: F401  (registers the rules)
-from onnxprune.importer import Model, captured, load
+from onnxprune.folding import attributes
+from onnxprune.importer import Model, load
 from onnxprune.relations import Axis, Concat, Fixed, Mend, Product, Relation, Reorder, Same, Site, Statistics, rule_of
+from onnxprune.scopes import captured, flat, flow, subgraphs, taken
 from onnxprune.shuffles import Shuffle
 
 if TYPE_CHECKING:
@@ -37,25 +39,31 @@ def relate(model: Model, allow_io: Sequence[str] = (), shuffles: Sequence[Shuffl
     relations: list[Relation] = []
     mends: list[Mend | Reorder] = []
     sizes: dict[str, int] = {}
+    idle = _idle(model)
     ends = {shuffle.nodes[-1]: shuffle for shuffle in shuffles}
-    inside = {i for shuffle in shuffles for i in shuffle.nodes} - set(ends)
+    inner = {i for shuffle in shuffles for i in shuffle.nodes} - set(ends)
     for index, node in enumerate(model.nodes):
-        if index in inside:
+        if index in inner:
             _fix(relations, model, node.input[1:], "sizes of a Reshape")
             continue
         if node.op_type == "Constant":
             if node.output[0] not in model.tensors:
                 _fix(relations, model, node.output, "a constant without a tensor")
             continue
-        outside = captured(node)
         rule = rule_of(node)
-        site = Site(index, node, model.opsets.get(node.domain or "ai.onnx", 1), model.shapes, model.folded, sorted(outside))
+        opset = model.opsets.get(node.domain or "ai.onnx", 1)
+        bodies = flow(node, opset) is not None
+        inside = [v.name for g in subgraphs(node) for v in (*g.input, *g.output)] if bodies else sorted(captured(node))
+        site = Site(index, node, opset, model.shapes, model.folded, inside)
         unknown = [n for n in (*node.input, *node.output) if n and n not in model.shapes]
         if index in ends:
             _reorder(site, ends[index])
-        elif rule is None or outside:
+        elif rule is None or (inside and not bodies):
             site.fixed([a for axes in (*site.x, *site.y) for a in axes], f"no rule for operator {node.op_type}")
-        elif (node.input and node.input[0] in unknown) or node.output[0] in unknown:
+            site.fixed(site.outside, f"read inside {node.op_type}")
+        elif not bodies and ((node.input and node.input[0] in unknown) or node.output[0] in unknown):
+            if any(o in idle for o in node.output):
+                continue  # what never runs may not even have a shape
             site.fixed([a for axes in (*site.x, *site.y) for a in axes], "its shape is unknown")
         else:
             try:
@@ -63,10 +71,9 @@ def relate(model: Model, allow_io: Sequence[str] = (), shuffles: Sequence[Shuffl
             except (IndexError, KeyError, ValueError, TypeError, ZeroDivisionError, AttributeError):
                 # a node that does not follow its specification: nothing of it may change
                 site.relations, site.mends = [], []
-                site.fixed([a for axes in (*site.x, *site.y) for a in axes], f"{node.op_type} with odd inputs")
-        site.fixed(site.outside, f"read inside {node.op_type}")
+                site.fixed([a for axes in (*site.x, *site.y, site.outside) for a in axes], f"{node.op_type} with odd inputs")
         said = site.mentioned()
-        for axes in site.x if index not in ends else ():
+        for axes in (*site.x, site.outside) if index not in ends else ():
             forgotten = [a for a in axes if a not in said and site.size(a) != 1]
             site.fixed(forgotten, f"the rule of {node.op_type} leaves it")
         if any(a not in said and site.size(a) != 1 for axes in site.y for a in axes):  # then it does not know what the node does
@@ -75,11 +82,22 @@ def relate(model: Model, allow_io: Sequence[str] = (), shuffles: Sequence[Shuffl
         relations += site.relations
         mends += site.mends
         sizes |= site.sizes
+    _fix(relations, model, sorted(model.ambiguous & set(model.tensors)), "its name is not unique in the file")
     for kind, names in (("input", model.inputs), ("output", model.outputs)):
         for name in names:
             if not any(fnmatch.fnmatch(name, pattern) for pattern in allow_io):
                 _fix(relations, model, [name], f"graph {kind} '{name}'")
     return Dependencies(relations, mends, sizes)
+
+
+def _idle(model: Model) -> set[str]:
+    """What is made in branches that no input takes."""
+    found: set[str] = set()
+    for node in model.nodes:
+        if node.op_type == "If" and (branch := taken(node, model.folded)) is not None:
+            other = attributes(node)["then_branch" if branch else "else_branch"]
+            found |= {o for one in flat(other.node, model.opsets.get("ai.onnx", 1)) for o in one.output}
+    return found
 
 
 def _reorder(site: Site, shuffle: Shuffle) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -13,10 +13,11 @@ import numpy as np
 import onnx
 import onnx.checker
 import onnx.inliner
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxprune.errors import OnnxPruneError
 from onnxprune.folding import Folded
+from onnxprune.scopes import all_graphs, captured, flat, open_graphs, unique_names
 from onnxprune.shapes import infer
 
 Shape = tuple[int, ...]
@@ -27,12 +28,15 @@ FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProt
 class Model:
     """An ONNX model as the later steps see it.
 
-    `proto` is the file's model with local functions inlined and is never changed.  `shapes` holds every value's concrete
-    sizes at the sizes of `input_shapes`; `folded` the values that are known before any input is (shape arithmetic).
+    `proto` is the file's model with local functions inlined and every name unique, and is never changed.  `main` are its main
+    graph's nodes, sorted; `nodes` those and the nodes of the bodies in it that are understood, each body before its node.
+    `shapes` holds every value's concrete sizes at the sizes of `input_shapes`; `folded` the values that are known before any
+    input is (shape arithmetic); `ambiguous` the tensors that the file's names do not identify, as subgraphs reuse them.
     """
 
     proto: ModelProto
     name: str
+    main: tuple[NodeProto, ...]
     nodes: tuple[NodeProto, ...]
     opsets: Mapping[str, int]
     tensors: Mapping[str, TensorProto]
@@ -41,6 +45,7 @@ class Model:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     input_shapes: Mapping[str, Shape]
+    ambiguous: frozenset[str] = frozenset()
     _arrays: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     sums: dict[tuple[str, int, int], np.ndarray] = field(default_factory=dict, repr=False)  # of criteria: tensor, axis, power
 
@@ -49,28 +54,6 @@ class Model:
         if tensor not in self._arrays:
             self._arrays[tensor] = numpy_helper.to_array(self.tensors[tensor])
         return self._arrays[tensor]
-
-
-def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
-    """The graphs that a node's attributes hold."""
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == onnx.AttributeProto.GRAPHS:
-            yield from attribute.graphs
-
-
-def captured(node: NodeProto) -> set[str]:
-    """Names that a node's subgraphs may take from outside."""
-    names: set[str] = set()
-    for graph in subgraphs(node):
-        own = {t.name for t in graph.initializer} | {v.name for v in graph.input}
-        for inner in graph.node:
-            names |= set(inner.input) | captured(inner)
-            own |= set(inner.output)
-        names |= {v.name for v in graph.output}
-        names -= own
-    return names - {""}
 
 
 def read(source: str | os.PathLike[str] | ModelProto) -> tuple[ModelProto, str]:
@@ -111,10 +94,12 @@ def load(
     proto, name = read(source)
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
-    proto = _without_duplicates(proto)
+    proto, ambiguous = unique_names(_without_duplicates(proto))
     _check_tensors(proto, name)
-    nodes = _sorted(proto, name)
-    tensors = {t.name: t for t in proto.graph.initializer}
+    opsets = {o.domain or "ai.onnx": o.version for o in proto.opset_import}
+    main = _sorted(proto, name)
+    nodes = tuple(flat(main, opsets.get("ai.onnx", 1)))
+    tensors = {t.name: t for graph in open_graphs(proto.graph, opsets.get("ai.onnx", 1)) for t in graph.initializer}
     for node in nodes:
         if node.op_type == "Constant":
             tensors.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
@@ -125,11 +110,11 @@ def load(
             raise OnnxPruneError(f"{name}: the feeds have no '{missing[0]}'; they need {', '.join(needed)}")
     given = {k: tuple(np.shape(v)) for k, v in (feeds or {}).items()} | dict(input_shapes or {})
     result = infer(proto, nodes, tensors, given, feeds, name)
-    opsets = {o.domain or "ai.onnx": o.version for o in proto.opset_import}
     inputs = tuple(v.name for v in proto.graph.input if v.name not in tensors)
     return Model(
         proto=proto,
         name=name,
+        main=main,
         nodes=nodes,
         opsets=opsets,
         tensors=tensors,
@@ -138,6 +123,7 @@ def load(
         inputs=inputs,
         outputs=tuple(v.name for v in proto.graph.output),
         input_shapes={k: result.shapes[k] for k in inputs if k in result.shapes},
+        ambiguous=ambiguous,
     )
 
 
@@ -165,8 +151,9 @@ def _without_duplicates(proto: ModelProto) -> ModelProto:
 
 def _check_tensors(proto: ModelProto, name: str) -> None:
     """Every tensor's data has the size that its shape says."""
-    constants = [a.t for n in proto.graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
-    for tensor in (*proto.graph.initializer, *constants):
+    graphs = list(all_graphs(proto.graph))
+    constants = [a.t for g in graphs for n in g.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
+    for tensor in (*(t for g in graphs for t in g.initializer), *constants):
         kind = tensor.data_type
         if tensor.data_location == TensorProto.EXTERNAL or kind == TensorProto.UNDEFINED:
             continue

@@ -8,20 +8,21 @@ from collections.abc import Collection
 from onnx import NodeProto
 
 from onnxprune.grouping import Branch
-from onnxprune.importer import Model, captured
+from onnxprune.importer import Model
+from onnxprune.scopes import captured
 
 
 class Liveness:
     """How often every value of the main graph is read: by nodes, inside their subgraphs, and as a graph output."""
 
     def __init__(self, model: Model) -> None:
-        self.makers: dict[str, NodeProto] = {out: node for node in model.nodes for out in node.output if out}
-        self.inner = {id(node): captured(node) for node in model.nodes}
+        self.makers: dict[str, NodeProto] = {out: node for node in model.main for out in node.output if out}
+        self.inner = {id(node): captured(node) for node in model.main}
         self.reads: Counter[str] = Counter(model.outputs)
         # since IR version 4 an initializer that is also an input is a default that others may replace
         self.defaults = {v.name for v in model.proto.graph.input} & set(model.tensors) if model.proto.ir_version >= 4 else set()
         self.reads.update(self.defaults)
-        for node in model.nodes:
+        for node in model.main:
             self.reads.update(self.inputs(node))
 
     def inputs(self, node: NodeProto) -> list[str]:

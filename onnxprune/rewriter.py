@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, TensorShapeProto, ValueInfoProto, helper, numpy_helper
 
 from onnxprune import layouts
 from onnxprune.errors import OnnxPruneError
 from onnxprune.folding import Folded, fold
 from onnxprune.grouping import Branch, Grouping
-from onnxprune.importer import Model, captured
+from onnxprune.importer import Model
 from onnxprune.layouts import Dim, find
 from onnxprune.relations import Axis, Mend, Reorder
+from onnxprune.scopes import captured, flow
 
 Remove = Mapping[int, np.ndarray]
 
@@ -78,7 +79,11 @@ def _rewritten(model: Model, widths: Widths, tensors: dict[str, TensorProto], pi
             copy = helper.make_node("Constant", [], list(node.output), name=node.name, doc_string=node.doc_string)
             copy.attribute.append(AttributeProto(name="value", type=AttributeProto.TENSOR, t=tensors[node.output[0]]))
         else:
-            copy.CopyFrom(node)
+            opened = flow(node, model.opsets.get("ai.onnx", 1)) is not None  # its bodies are filled last
+            for one, value in node.ListFields():
+                if one.name != "attribute":
+                    _copy_field(copy, one.name, value)
+            copy.attribute.extend(a for a in node.attribute if not (opened and a.type == AttributeProto.GRAPH))
         nodes.append(copy)
     shapes = {v: tuple(widths.size((v, i)) for i in range(len(s))) for v, s in model.shapes.items()}
     static = {v: tuple(True for _ in s) for v, s in shapes.items()}
@@ -114,6 +119,13 @@ class _Editor:
         self, model: Model, widths: Widths, nodes: list[NodeProto], tensors: dict[str, TensorProto], now: Mapping[str, Folded]
     ) -> None:
         self.model, self.widths, self.nodes, self.tensors, self.now = model, widths, nodes, tensors, now
+        self.places = {o: index for index, node in enumerate(model.nodes) for o in node.output if o}
+        opset = model.opsets.get("ai.onnx", 1)
+        self.bodies = {
+            index: [(a.name, a.g) for a in node.attribute if a.type == AttributeProto.GRAPH]
+            for index, node in enumerate(model.nodes)
+            if flow(node, opset) is not None
+        }
         self.before: dict[int, list[NodeProto]] = {}
         self.added: list[TensorProto] = []
         self.handled: set[tuple[int, int]] = set()
@@ -323,42 +335,58 @@ def _unable(node: NodeProto) -> OnnxPruneError:
 
 def _assemble(model: Model, widths: Widths, editor: _Editor) -> ModelProto:
     """The new ModelProto: what nothing reads is gone, everything else is as it was."""
-    nodes: list[NodeProto] = []
-    for index, node in enumerate(editor.nodes):
-        nodes += [*editor.before.get(index, []), node]
-    overridable = {v.name for v in model.proto.graph.input} if model.proto.ir_version >= 4 else set()
-    needed, alive = {*model.outputs, *(overridable & set(model.tensors))}, []
-    for node in reversed(nodes):
-        if any(o in needed for o in node.output):
-            alive.append(node)
-            needed |= set(node.input) | captured(node)
     source, out = model.proto, ModelProto()
     for one, value in source.ListFields():
         if one.name not in ("graph", "functions", "training_info"):
             _copy_field(out, one.name, value)
-    graph = out.graph
-    for one, value in source.graph.ListFields():
+    overridable = {v.name for v in source.graph.input} & set(model.tensors) if source.ir_version >= 4 else set()
+    inner = {editor.places[o] for bodies in editor.bodies.values() for _, body in bodies for o in _outputs(body)}
+    main = [index for index in range(len(model.nodes)) if index not in inner]
+    _fill(out.graph, source.graph, main, overridable, model, widths, editor)
+    return out
+
+
+def _outputs(graph: GraphProto) -> list[str]:
+    """One name for each node."""
+    return [next(o for o in node.output if o) for node in graph.node if any(node.output)]
+
+
+def _fill(
+    graph: GraphProto, source: GraphProto, numbers: Sequence[int], needed: set[str], model: Model, widths: Widths, editor: _Editor
+) -> None:
+    """A graph, bodies included, out of the nodes of these numbers; needed: what is read besides the graph's outputs."""
+    needed, alive = needed | {v.name for v in source.output}, []
+    for index in reversed(numbers):
+        for node in (editor.nodes[index], *reversed(editor.before.get(index, []))):
+            if not any(o in needed for o in node.output):
+                continue
+            for key, body in editor.bodies.get(index, ()) if node is editor.nodes[index] else ():
+                attribute = node.attribute.add(name=key, type=AttributeProto.GRAPH)
+                _fill(attribute.g, body, [editor.places[o] for o in _outputs(body)], set(), model, widths, editor)
+            alive.append(node)
+            needed |= set(node.input) | captured(node)
+    for one, value in source.ListFields():
         if one.name not in ("node", "initializer", "value_info", "input", "output"):
             _copy_field(graph, one.name, value)
     graph.node.extend(reversed(alive))
-    for tensor in source.graph.initializer:
+    for tensor in source.initializer:
         if tensor.name in needed:
             graph.initializer.add().CopyFrom(editor.tensors[tensor.name])  # append copies twice
-    graph.initializer.extend(t for t in editor.added if t.name in needed)
+    read = {name for node in alive for name in node.input}
+    graph.initializer.extend(t for t in editor.added if t.name in read)
     made = {o for n in alive for o in n.output}
-    for values, target in ((source.graph.input, graph.input), (source.graph.output, graph.output)):
+    for values, target in ((source.input, graph.input), (source.output, graph.output)):
         for value in values:
             if value.name in needed or value.name not in model.tensors:
                 target.append(_resized(value, model, widths) or value)
-    for value in source.graph.value_info:
+    for value in source.value_info:
         if value.name in made or value.name in needed:
             resized = _resized(value, model, widths)
             if resized is not None:
                 graph.value_info.append(resized)
-    return out
 
 
-def _copy_field(target: ModelProto | GraphProto, name: str, value: object) -> None:
+def _copy_field(target: ModelProto | GraphProto | NodeProto, name: str, value: object) -> None:
     if hasattr(value, "MergeFrom"):
         getattr(target, name).MergeFrom(value)
     elif isinstance(value, str | int | float | bytes):
@@ -369,15 +397,19 @@ def _copy_field(target: ModelProto | GraphProto, name: str, value: object) -> No
 
 def _resized(value: ValueInfoProto, model: Model, widths: Widths) -> ValueInfoProto | None:
     """The value's declared shape with its new sizes; None where the declaration was stale."""
-    dims = value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else []
     shape = model.shapes.get(value.name)
-    if shape is None or not dims:
+    if shape is None or not (dims := _dims(value)):
         return value
     if len(dims) != len(shape) or any(d.dim_value and d.dim_value != s for d, s in zip(dims, shape, strict=True)):
         return None
     copy = ValueInfoProto()
     copy.CopyFrom(value)
-    for i, dim in enumerate(copy.type.tensor_type.shape.dim):
+    for i, dim in enumerate(_dims(copy)):
         if widths.mask((value.name, i)) is not None and dim.dim_value:
             dim.dim_value = widths.size((value.name, i))
     return copy
+
+
+def _dims(value: ValueInfoProto) -> Sequence[TensorShapeProto.Dimension]:
+    kind = value.type.sequence_type.elem_type if value.type.HasField("sequence_type") else value.type
+    return kind.tensor_type.shape.dim if kind.HasField("tensor_type") else []

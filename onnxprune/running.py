@@ -16,7 +16,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from onnxprune import writing
 from onnxprune.errors import OnnxPruneError
-from onnxprune.importer import subgraphs
+from onnxprune.scopes import all_graphs, subgraphs
 
 Arrays = Mapping[str, np.ndarray]
 LEAST, MOST = 1e-3, 2.5e-2  # standard deviations of a value: what always counts as equal, and what never does
@@ -159,10 +159,12 @@ class Runner:
                 self._session = None
 
     def _tensors(self, proto: ModelProto) -> dict[str, TensorProto]:
-        found = {t.name: t for t in proto.graph.initializer}
-        for node in proto.graph.node:
-            if node.op_type == "Constant":
-                found.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
+        found: dict[str, TensorProto] = {}
+        for graph in reversed(list(all_graphs(proto.graph))):
+            found |= {t.name: t for t in graph.initializer}
+            for node in graph.node:
+                if node.op_type == "Constant":
+                    found.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
         return found
 
     def _open(self) -> ModelProto:
@@ -178,6 +180,13 @@ class Runner:
         graph.node.extend(
             n for n in self._proto.graph.node if not (n.op_type == "Constant" and n.output[0] in self._names and n.output[0] in found)
         )
+        for body in (body for node in graph.node for inner in subgraphs(node) for body in all_graphs(inner)):
+            for i in reversed(range(len(body.initializer))):  # what bodies hold, they now take from outside
+                if body.initializer[i].name in self._names:
+                    del body.initializer[i]
+            for i in reversed(range(len(body.node))):
+                if body.node[i].op_type == "Constant" and body.node[i].output[0] in self._names:
+                    del body.node[i]
         for name in sorted(self._names):
             tensor = found[name]
             self._values[name] = numpy_helper.to_array(tensor)

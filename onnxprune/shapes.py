@@ -17,6 +17,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxprune.errors import OnnxPruneError
 from onnxprune.folding import SMALL, Folded, Shape, fold
+from onnxprune.passing import Passing, opset_of
+from onnxprune.scopes import flow
+from onnxprune.sequences import Partial, Sequences
 
 
 @dataclass(frozen=True)
@@ -99,34 +102,74 @@ def _infer_at(
     # since IR version 4 an initializer that is also an input is only a default
     defaults = {v.name for v in proto.graph.input} if proto.ir_version >= 4 else set()
     constants = {k: t for k, t in tensors.items() if k not in defaults}
-    folded: dict[str, Folded] = {}
-    known: dict[str, Shape] = {}
     static_everywhere = None
     if symbolic:
         kept = {v.name: v for v in proto.graph.input}
-        static_everywhere = _onnx_shapes(proto, nodes, tensors, {}, {k: kept[k] for k in shapes})[1]
-    for _ in range(6):
-        before = len(known), len(folded)
-        known, _ = _onnx_shapes(proto, nodes, tensors, folded, shapes)
-        known |= weights | dict(shapes)
-        complete = all(o in known for n in nodes for o in n.output if o)
-        folded = fold(nodes, constants, known, static_everywhere)
-        known |= {k: np.shape(f.number) for k, f in folded.items()}
-        if complete or (len(known), len(folded)) == before:
-            break
+        static_everywhere = _statics(proto, nodes, tensors, {k: kept[k] for k in shapes})
+
+    def settle(seen: Mapping[str, Shape], types: Mapping[str, int]) -> tuple[dict[str, Shape], dict[str, Folded], dict[str, Partial]]:
+        folded: dict[str, Folded] = {}
+        known: dict[str, Shape] = {}
+        found: dict[str, Partial] = {}
+        passing = Passing(nodes, proto, types)
+        most = 6 + 12 * len(passing.flows)
+        for turn in range(most + 6):
+            if turn == most:
+                passing.give_up()
+                known, folded = {}, {}
+            before = len(known), len(folded)
+            found = _onnx_shapes(proto, nodes, tensors, folded, shapes, passing.shapes(folded) | dict(seen), passing)
+            known = {k: np.shape(f.number) for k, f in folded.items()}
+            known |= {k: full for k, v in found.items() if (full := _full(v)) is not None} | weights | dict(shapes) | dict(seen)
+            complete = not passing.flows and all(o in known for n in nodes for o in n.output if o)
+            folded = fold(nodes, constants, known, static_everywhere)
+            known |= {k: np.shape(f.number) for k, f in folded.items()}
+            passing.learn(found | known)
+            if complete or (len(known), len(folded)) == before:
+                if passing.confirmed():
+                    break
+                known, folded = {}, {}
+        return known, folded, found | known
+
+    flows = [(node, links) for node in nodes if (links := flow(node, opset_of(proto))) is not None]
+    known, folded, found = settle({}, {})
     wanted = {x for n in nodes for x in (*n.input, *n.output) if x and x not in known}
     if wanted:
         if static_everywhere is None and _sized_by_data(nodes, proto.graph.input):
-            static_everywhere = {name: tuple(True for _ in shape) for name, shape in known.items()}
-        known |= _seen(proto, wanted, shapes, feeds)  # sizes that may depend on data
+            static_everywhere = {name: tuple(size is not None for size in shape) for name, shape in found.items()}
+        values = _seen(proto, wanted, shapes, feeds)  # sizes that may depend on data
+        seen = {k: np.shape(v) for k, v in values.items()}
+        if flows:  # bodies may read them
+            known, folded, _ = settle(seen, {k: helper.np_dtype_to_tensor_dtype(v.dtype) for k, v in values.items()})
+        known |= seen
         folded = fold(nodes, constants, known, static_everywhere)
-    for value in (
-        *proto.graph.value_info,
-        *proto.graph.output,
-    ):  # of operators that neither onnx nor this onnxruntime knows the file may tell
+    for value in (*proto.graph.value_info, *proto.graph.output):  # of operators that onnx and this onnxruntime lack the file may tell
         if value.name in wanted and value.name not in known and _static(value):
             known[value.name] = concrete(value, 0)
-    return Inferred(known, folded)
+    held = Sequences(nodes, flows).shapes(dict(known))
+    return Inferred(known | {k: full for k, v in held.items() if (full := _full(v)) is not None}, folded)
+
+
+def _full(shape: Partial) -> Shape | None:
+    return None if None in shape else tuple(int(size) for size in shape if size is not None)
+
+
+def _statics(
+    proto: ModelProto, nodes: Sequence[NodeProto], tensors: Mapping[str, TensorProto], inputs: Mapping[str, onnx.ValueInfoProto]
+) -> dict[str, tuple[bool, ...]]:
+    """Which axes are the same for all input sizes."""
+    passing = Passing(nodes, proto, {})
+    before: dict[str, Partial] = {}
+    found: dict[str, Partial] = {}
+    most = 1 + 12 * len(passing.flows)
+    for turn in range(most + 6):
+        if turn == most:
+            passing.give_up()
+        before, found = found, _onnx_shapes(proto, nodes, tensors, {}, inputs, passing.shapes({}), passing)
+        passing.learn(found | {k: tuple(t.dims) for k, t in tensors.items()})
+        if not passing.flows or (found == before and passing.confirmed()):
+            break
+    return {k: tuple(size is not None for size in v) for k, v in found.items()}
 
 
 def _onnx_shapes(
@@ -135,8 +178,10 @@ def _onnx_shapes(
     tensors: Mapping[str, TensorProto],
     folded: Mapping[str, Folded],
     inputs: Mapping[str, Any],
-) -> tuple[dict[str, Shape], dict[str, tuple[bool, ...]]]:
-    """onnx's shape inference without weights: full shapes, and which axes are the same for all input sizes."""
+    passed: Mapping[str, Partial],
+    passing: Passing,
+) -> dict[str, Partial]:
+    """onnx's shape inference without weights, over bodies too: they stand beside the main graph, given what is passed to them."""
     types = {v.name: v for v in proto.graph.input}
     skeleton = ModelProto(ir_version=max(proto.ir_version, 4), opset_import=proto.opset_import)
     graph = skeleton.graph
@@ -160,25 +205,29 @@ def _onnx_shapes(
         if name not in done and name != "":
             graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value.number), name))
             done.add(name)
+    found: dict[str, Partial] = {}
+    for name, sizes in passed.items():
+        if name not in done and name in passing.types:
+            graph.input.append(helper.make_tensor_value_info(name, passing.types[name], sizes))
+            found[name] = sizes
+            done.add(name)
     for node in nodes:
-        if all(o in done for o in node.output if o):
+        if all(o in done for o in node.output if o) or passing.understands(node):
             continue
         graph.node.add().CopyFrom(node)
     try:
         result = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
     except onnx.shape_inference.InferenceError:  # an operator that onnx does not know in this opset: a run has to tell
         result = skeleton
-    shapes: dict[str, Shape] = {}
-    static: dict[str, tuple[bool, ...]] = {}
     for value in result.graph.value_info:
         kind = value.type.tensor_type
+        if value.type.HasField("tensor_type"):
+            passing.types[value.name] = kind.elem_type
         if value.type.HasField("tensor_type") and kind.HasField("shape"):
-            static[value.name] = tuple(d.HasField("dim_value") for d in kind.shape.dim)
-            if all(static[value.name]):
-                shapes[value.name] = tuple(d.dim_value for d in kind.shape.dim)
+            found[value.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
     for value in graph.input:
-        static[value.name] = tuple(bool(d.dim_value) for d in value.type.tensor_type.shape.dim)
-    return shapes, static
+        found.setdefault(value.name, tuple(d.dim_value or None for d in value.type.tensor_type.shape.dim))
+    return found
 
 
 def seeded_feeds(proto: ModelProto, shapes: Mapping[str, Shape], seed: int = 0) -> dict[str, np.ndarray]:
@@ -201,8 +250,10 @@ def seeded_feeds(proto: ModelProto, shapes: Mapping[str, Shape], seed: int = 0) 
     return feeds
 
 
-def _seen(proto: ModelProto, wanted: set[str], shapes: Mapping[str, Shape], feeds: Mapping[str, np.ndarray] | None) -> dict[str, Shape]:
-    """Shapes of the values that only a run can tell; {} where the model does not run here (those axes stay unknown)."""
+def _seen(
+    proto: ModelProto, wanted: set[str], shapes: Mapping[str, Shape], feeds: Mapping[str, np.ndarray] | None
+) -> dict[str, np.ndarray]:
+    """The main graph's values whose shapes only a run can tell; {} where the model does not run here (those axes stay unknown)."""
     import onnxruntime as ort
 
     from onnxprune.running import as_float32, widened
@@ -212,6 +263,8 @@ def _seen(proto: ModelProto, wanted: set[str], shapes: Mapping[str, Shape], feed
     probe.CopyFrom(proto)
     del probe.graph.output[:]
     names = sorted(wanted & made)
+    if not names:
+        return {}
     probe.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in names)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -229,4 +282,4 @@ def _seen(proto: ModelProto, wanted: set[str], shapes: Mapping[str, Shape], feed
         values = session.run(names, {k: v for k, v in given.items() if k in shapes})
     except Exception as error:
         raise ValueError(str(error)) from error
-    return {n: np.shape(v) for n, v in zip(names, values, strict=True) if isinstance(v, np.ndarray)}
+    return {n: v for n, v in zip(names, values, strict=True) if isinstance(v, np.ndarray)}

@@ -12,7 +12,8 @@ import numpy as np
 from onnx import NodeProto
 
 from onnxprune.folding import attributes
-from onnxprune.importer import Model, captured
+from onnxprune.importer import Model
+from onnxprune.scopes import captured, subgraphs
 
 Shape = tuple[int, ...]
 
@@ -35,13 +36,14 @@ def find_shuffles(model: Model) -> list[Shuffle]:
     for i, node in enumerate(model.nodes):
         for name in {*node.input, *captured(node)}:
             readers.setdefault(name, []).append(i)
+    given = {*model.outputs, *(v.name for node in model.nodes for graph in subgraphs(node) for v in graph.output)}
     found = []
     for middle, node in enumerate(model.nodes):
         if node.op_type != "Transpose" or node.input[0] not in makers:
             continue
         first, after = makers[node.input[0]], readers.get(node.output[0], [])
         inner = {node.input[0], node.output[0]}
-        alone = len(after) == 1 and readers[node.input[0]] == [middle] and not inner & set(model.outputs)
+        alone = len(after) == 1 and readers[node.input[0]] == [middle] and not inner & given
         if alone and model.nodes[first].op_type == model.nodes[after[0]].op_type == "Reshape":
             shuffle = _shuffle(model, (first, middle, after[0]))
             found += [shuffle] if shuffle is not None else []

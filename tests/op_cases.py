@@ -1122,7 +1122,6 @@ def islands() -> Iterator[Case]:
             " else_branch = no () => (float[2,8,6,6] b) { b = Neg (h) }>"
         ),
         {"zero": one(0)},
-        **fixed,
     )
     yield image(
         "If-beside",

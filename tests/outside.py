@@ -58,9 +58,15 @@ def duplicate(model: ModelProto) -> ModelProto:
 
 
 def tensors(model: ModelProto) -> dict[str, TensorProto]:
-    """Initializers by name, Constant nodes by the name of their output."""
-    made = {n.output[0]: a for n in model.graph.node if n.op_type == "Constant" for a in n.attribute}
-    return {t.name: t for t in model.graph.initializer} | {name: a.t for name, a in made.items() if a.name == "value"}
+    """Initializers by name, Constant nodes by the name of their output, those of subgraphs too."""
+    found: dict[str, TensorProto] = {}
+    graphs = [model.graph]
+    while graphs:
+        graph = graphs.pop()
+        made = {n.output[0]: a for n in graph.node if n.op_type == "Constant" for a in n.attribute}
+        found |= {t.name: t for t in graph.initializer} | {name: a.t for name, a in made.items() if a.name == "value"}
+        graphs += [a.g for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH]
+    return found
 
 
 # running

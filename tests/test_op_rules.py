@@ -43,6 +43,11 @@ def inputs(model: ModelProto) -> list[onnx.ValueInfoProto]:
 
 @pytest.mark.parametrize("case", PARAMETERS)
 def test_rule(case: Case) -> None:
+    judge(case)
+
+
+def judge(case: Case) -> None:
+    """What must be prunable is, in groups that permuting, pruning and masking bear out."""
     model = case.model()
     grouping = group(load(model))
     content = grouping.to_json()

@@ -2,6 +2,7 @@
 
 from onnxprune.rules import (
     attention,
+    control,
     elementwise,
     indexing,
     layers,
@@ -17,6 +18,7 @@ from onnxprune.rules import (
 
 __all__ = [
     "attention",
+    "control",
     "elementwise",
     "indexing",
     "layers",

@@ -48,3 +48,11 @@ def recurrent(site: Site) -> None:
         site.same_all(axes[-1:], [hidden])
         site.fixed(axes[:-1], "steps, directions and batch of a recurrent layer")
     site.mend("hidden_size", {0: [hidden]})
+
+
+@rule("ReverseSequence")
+def reverse_sequence(site: Site) -> None:
+    """The first steps of every sequence in the batch are turned around."""
+    turned = {site.get("time_axis", 0), site.get("batch_axis", 1)}
+    site.same_all(*([axis for i, axis in enumerate(axes) if i not in turned] for axes in (site.x[0], site.y[0])))
+    site.fixed([axes[i] for axes in (site.x[0], site.y[0]) for i in turned], "sequence axis")
