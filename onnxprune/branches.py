@@ -113,7 +113,10 @@ class _Finder:
         for name in dead & self.constant:
             tensor = self.model.tensors.get(name)
             if tensor is not None and tensor.data_type in FLOATS and len(tensor.dims) and min(tensor.dims):
-                known[name] = {name: None}
+                if name not in self.model.copies:
+                    known[name] = {name: None}
+                elif not self.model.array(name).any():
+                    known[name] = {}  # zero as it is
         for node in inside:
             if node.op_type == "Constant":
                 continue

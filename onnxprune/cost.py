@@ -115,7 +115,7 @@ def attention_products(site: Site) -> list[tuple[float, tuple[Axis, ...]]]:
 def parameter_terms(model: Model) -> list[Term]:
     """Elements of every float initializer and Constant, those in bodies included."""
     hosts = {name: _named(node) for node in model.main for graph in subgraphs(node) for name in _made(graph)}
-    floats = ((name, tensor) for name, tensor in model.tensors.items() if tensor.data_type in FLOATS)
+    floats = ((name, tensor) for name, tensor in model.tensors.items() if tensor.data_type in FLOATS and name not in model.copies)
     return [(1, tuple((name, i) for i in range(len(tensor.dims))), hosts.get(name, name)) for name, tensor in floats]
 
 

@@ -175,7 +175,7 @@ def collect(model: Model, dependencies: Dependencies, dims: Mapping[Axis, Dim]) 
     places: dict[Dim, list[tuple[str, int, np.ndarray]]] = {}
     for root, axes in roots.items():
         layout = layouts.resolve(root)
-        constant = [a for a in axes if a[0] in model.tensors]
+        constant = [a for a in axes if a[0] in model.tensors and a[0] not in model.copies]
         if any(axis in marked for axis in axes):
             statistical |= layouts.leaves(layout)
         inner = all(name in dependencies.sizes for name, _ in axes)
@@ -242,7 +242,7 @@ def _fixed(model: Model, dims: Mapping[Axis, Dim]) -> tuple[tuple[str, int, str]
     found = []
     for (name, axis), dim in dims.items():
         tensor = model.tensors.get(name)
-        if tensor is None or tensor.data_type not in FLOATS or tensor.dims[axis] < 2:
+        if tensor is None or name in model.copies or tensor.data_type not in FLOATS or tensor.dims[axis] < 2:
             continue
         frozen = sorted((d for d in layouts.leaves(layouts.resolve(dim)) if d.reason), key=lambda d: d.number)
         if frozen:

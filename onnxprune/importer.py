@@ -17,8 +17,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxprune.errors import OnnxPruneError
 from onnxprune.folding import Folded
-from onnxprune.scopes import all_graphs, captured, flat, open_graphs, unique_names
+from onnxprune.scopes import all_graphs, captured, flat, open_graphs, subgraphs, unique_names
 from onnxprune.shapes import infer
+from onnxprune.sharing import unshare
 
 Shape = tuple[int, ...]
 FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -31,7 +32,8 @@ class Model:
     `proto` is the file's model with local functions inlined and every name unique, and is never changed.  `main` are its main
     graph's nodes, sorted; `nodes` those and the nodes of the bodies in it that are understood, each body before its node.
     `shapes` holds every value's concrete sizes at the sizes of `input_shapes`; `folded` the values that are known before any
-    input is (shape arithmetic); `ambiguous` the tensors that the file's names do not identify, as subgraphs reuse them.
+    input is (shape arithmetic); `ambiguous` the tensors that the file's names do not identify, as subgraphs reuse them;
+    `copies` {name that one reader has for it: tensor of one number that several share}.
     """
 
     proto: ModelProto
@@ -46,6 +48,7 @@ class Model:
     outputs: tuple[str, ...]
     input_shapes: Mapping[str, Shape]
     ambiguous: frozenset[str] = frozenset()
+    copies: Mapping[str, str] = field(default_factory=dict)
     _arrays: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     sums: dict[tuple[str, int, int], np.ndarray] = field(default_factory=dict, repr=False)  # of criteria: tensor, axis, power
 
@@ -97,12 +100,15 @@ def load(
     proto, ambiguous = unique_names(_without_duplicates(proto))
     _check_tensors(proto, name)
     opsets = {o.domain or "ai.onnx": o.version for o in proto.opset_import}
-    main = _sorted(proto, name)
-    nodes = tuple(flat(main, opsets.get("ai.onnx", 1)))
-    tensors = {t.name: t for graph in open_graphs(proto.graph, opsets.get("ai.onnx", 1)) for t in graph.initializer}
-    for node in nodes:
+    main, opset = _sorted(proto, name), opsets.get("ai.onnx", 1)
+    tensors = {t.name: t for graph in open_graphs(proto.graph, opset) for t in graph.initializer}
+    for node in flat(main, opset):
         if node.op_type == "Constant":
             tensors.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
+    named = {v.name for v in (*proto.graph.input, *proto.graph.output)} | {x for n in main if any(subgraphs(n)) for x in n.input}
+    main, copies = unshare(main, tensors, named.union(*(captured(node) for node in main)))
+    tensors |= {copy: tensors[original] for copy, original in copies.items()}
+    nodes = tuple(flat(main, opset))
     if feeds is not None:
         needed = [v.name for v in proto.graph.input if v.name not in tensors]
         missing = [k for k in needed if k not in feeds]
@@ -124,6 +130,7 @@ def load(
         outputs=tuple(v.name for v in proto.graph.output),
         input_shapes={k: result.shapes[k] for k in inputs if k in result.shapes},
         ambiguous=ambiguous,
+        copies=copies,
     )
 
 

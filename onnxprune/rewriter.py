@@ -94,6 +94,7 @@ def _rewritten(model: Model, widths: Widths, tensors: dict[str, TensorProto], pi
     for mend in widths.grouping.dependencies.mends:
         editor.mend(mend)
     editor.keep_data()
+    editor.share()
     editor.cut([g.branch for g in widths.grouping.groups if g.branch is not None and len(widths.remove.get(g.id, ()))])
     return _assemble(model, widths, editor)
 
@@ -300,6 +301,22 @@ class _Editor:
                 node.CopyFrom(identity)
             for position, name in enumerate(node.input):
                 node.input[position] = trunk(name)
+
+    def share(self) -> None:
+        """Readers of one tensor share it again as far as it is of one shape for them."""
+        fresh: dict[tuple[str, tuple[int, ...]], str] = {}
+        for node in self.nodes:
+            for i, name in enumerate(node.input):
+                original = self.model.copies.get(name)
+                if original is None:
+                    continue
+                shape = tuple(self.tensors[name].dims)
+                if shape == tuple(self.tensors[original].dims):
+                    node.input[i] = original
+                    continue
+                if (original, shape) not in fresh:
+                    fresh[original, shape] = self._constant(numpy_helper.to_array(self.tensors[name]), original)
+                node.input[i] = fresh[original, shape]
 
     def _name(self, base: str) -> str:
         k = 0
