@@ -20,7 +20,6 @@ from onnxprune.scopes import all_graphs, subgraphs
 
 Arrays = Mapping[str, np.ndarray]
 LEAST, MOST = 1e-3, 2.5e-2  # standard deviations of a value: what always counts as equal, and what never does
-DROWNED = 5e-2  # where rounding alone moves outputs as far, nobody who compares outputs can tell a right model from a wrong one
 _WIDE = (TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 

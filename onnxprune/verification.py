@@ -16,7 +16,7 @@ from onnxprune.importer import FLOATS
 from onnxprune.masking import contractions, excuses, zeroed
 from onnxprune.moves import Moves, permuted, shuffled
 from onnxprune.rewriter import Remove, rewrite
-from onnxprune.running import DROWNED, LEAST, MOST, Arrays, Runner, distance, first_line, jittered, session
+from onnxprune.running import LEAST, MOST, Arrays, Runner, distance, first_line, jittered, session
 from onnxprune.stepwise import Steps, every_value
 
 COMMUTING = 5  # the seed of the order in which units are permuted before they are removed
@@ -205,7 +205,7 @@ def _pruned(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remov
 
 def _comparable(gap: float) -> None:
     """Raises ProofError where every node is right and yet rounding moves the outputs too far for anyone to see that."""
-    if gap > DROWNED:
+    if gap > MOST:
         raise ProofError(f"rounding alone moves the outputs by {gap:.2g} standard deviations on these inputs; give others with --feeds", {})
 
 

@@ -91,12 +91,12 @@ def test_squeeze_does_not_take_an_axis_that_pruning_made_one(shape: tuple[int, .
     assert distance(run(masked(model, result.plan.to_json()), feeds), run(result.model, feeds)) < 1e-5
 
 
-CHAOS = " ".join(f"m{i} = Mul (x{i}, o{i}) x{i + 1} = Mul (four, m{i}) o{i + 1} = Sub (one, x{i + 1})" for i in range(13))
+CHAOS = " ".join(f"m{i} = Mul (x{i}, o{i}) x{i + 1} = Mul (four, m{i}) o{i + 1} = Sub (one, x{i + 1})" for i in range(12))
 
 
 def chaotic(odd: str = "c = Identity (h)") -> onnxprune.api.ModelProto:
-    """A logistic map after two layers: it doubles every rounding thirteen times."""
-    body = f"h = MatMul (x, w1) {odd} r = Relu (c) k = MatMul (r, w2) x0 = Sigmoid (k) o0 = Sub (one, x0) {CHAOS} y = Identity (x13)"
+    """A logistic map after two layers: it doubles every rounding twelve times."""
+    body = f"h = MatMul (x, w1) {odd} r = Relu (c) k = MatMul (r, w2) x0 = Sigmoid (k) o0 = Sub (one, x0) {CHAOS} y = Identity (x12)"
     numbers = {"one": np.array(1, np.float32), "four": np.array(4, np.float32)}
     extra: dict[str, Weight] = {"axis": np.array([1])} if "axis" in odd else {}
     return build("float[5,6] x", body, "float y", {"w1": (6, 16), "w2": (16, 40), **numbers, **extra})
