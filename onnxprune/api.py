@@ -333,12 +333,19 @@ def _less(grouping: Grouping, proof: Proof | None, wrong: Mapping[int, str]) -> 
 
 def _some(grouping: Grouping) -> None:
     if not grouping.groups:
-        reasons = list(dict.fromkeys(reason for _, _, reason in grouping.fixed))[:3]
-        functions = [f.name for f in grouping.model.proto.functions]
-        if functions and not reasons:
-            reasons = [f"its weights are inside local functions such as '{functions[0]}' that onnx.inliner cannot inline"]
-        why = "; ".join(reasons) or "it has no weights"
-        raise OnnxPruneError(f"{grouping.model.name}: nothing can be pruned ({why}); see `onnxprune groups`", 3)
+        raise OnnxPruneError(f"{grouping.model.name}: nothing can be pruned ({why_not(grouping)}); see `onnxprune groups`", 3)
+
+
+def why_not(grouping: Grouping) -> str:
+    """Why a model has no groups."""
+    reasons = list(dict.fromkeys(reason for _, _, reason in grouping.fixed))[:3]
+    functions = [f.name for f in grouping.model.proto.functions]
+    if functions and not reasons:
+        return (
+            f"its weights are inside local functions such as '{functions[0]}', which onnx.inliner leaves as they are because the "
+            "versions of their domains do not agree; export it without functions"
+        )
+    return "; ".join(reasons) or "it has no weights"
 
 
 def _names(grouping: Grouping) -> dict[int, set[str]]:

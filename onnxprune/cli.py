@@ -251,6 +251,7 @@ def groups(
     onnxprune groups model.onnx
     onnxprune groups model.onnx --json groups.json
     """
+    from onnxprune.api import why_not
     from onnxprune.branches import with_branches
     from onnxprune.certificate import certify
     from onnxprune.grouping import group
@@ -275,7 +276,7 @@ def groups(
         if proof:
             report.show_proof(_console(), proof)
     if not found.groups:
-        _complain(f"{Path(model).name}: nothing can be pruned")
+        _complain(f"{Path(model).name}: nothing can be pruned ({why_not(found)})")
         return 3
     return 0
 
