@@ -21,7 +21,6 @@ from onnxprune.importer import FLOATS, Model
 from onnxprune.moves import Moves, permuted
 from onnxprune.running import LEAST, MOST, Arrays, Runner, distance, jittered, widened
 from onnxprune.shapes import seeded_feeds
-from onnxprune.stepwise import Steps, every_value
 
 Progress = Callable[[str], None]
 
@@ -34,9 +33,8 @@ class Proof:
     proven, unexercised, unchecked: group ids.  frozen: {id of a group that failed: why}.
     commuting, masked: gaps of the pruned model, None where there was nothing to compare; statistics: groups that lose units
     and change a mean, variance, maximum or softmax, for which masking does not apply.  matches: how far a given model is
-    from what the plan leaves; infinite where its weights were trained on.  stepwise: every node was proven alone, as rounding
-    alone moves the outputs too far.  influence: {id of a residual branch: how much the outputs change without it, see
-    `equivalence.influences`}.
+    from what the plan leaves; infinite where its weights were trained on.  influence: {id of a residual branch: how much the
+    outputs change without it, see `equivalence.influences`}.
     """
 
     rounding: float
@@ -50,7 +48,6 @@ class Proof:
     masked: float | None = None
     statistics: tuple[int, ...] = ()
     matches: float | None = None
-    stepwise: bool = False
     influence: Mapping[int, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -61,8 +58,7 @@ class Proof:
 class Bench:
     """The original model, ready to run with any of its groups' tensors changed.
 
-    elsewhere: inputs of another batch and of other symbolic sizes, if the model takes such.  steps: every node alone,
-    where rounding alone moves the outputs too far to compare them.
+    elsewhere: inputs of another batch and of other symbolic sizes, if the model takes such.
     """
 
     model: Model
@@ -72,7 +68,6 @@ class Bench:
     reference: Arrays
     rounding: float
     elsewhere: Arrays | None = None
-    steps: Steps | None = None
 
     @property
     def watch(self) -> list[str]:
@@ -80,17 +75,12 @@ class Bench:
 
     @property
     def tolerance(self) -> float:
-        return LEAST if self.steps is not None else min(MOST, max(LEAST, 5 * self.rounding))
+        return min(MOST, max(LEAST, 5 * self.rounding))
 
     def gap(self, arrays: Arrays, moves: Moves) -> float:
-        """How far the outputs are, with these tensors, from where they should move; infinitely where the model does not run.
-
-        Where every node is compared alone: the largest gap over what counts as equal there, times the tolerance; and the
-        outputs may move by MOST all the same, or nobody who compares outputs could tell right from wrong.
-        """
+        """How far the outputs are, with these tensors, from where they should move; infinitely where the model does not run."""
         try:
-            seen = distance(moves.arrays(self.reference), self.runner.run(moves.arrays(self.feeds), arrays))
-            return seen if self.steps is None else LEAST * max(seen / MOST, self.steps.gap(moves, arrays))
+            return distance(moves.arrays(self.reference), self.runner.run(moves.arrays(self.feeds), arrays))
         except OnnxPruneError:
             return float("inf")
 
@@ -106,7 +96,7 @@ def prepare(grouping: Grouping, feeds: Arrays | None = None, seed: int = 0) -> B
     arrays = {name: model.array(name) for name in names}
     if feeds is not None:
         try:
-            return _with_steps(_bench(grouping, runner, feeds, arrays, seed))
+            return _bench(grouping, runner, feeds, arrays, seed)
         except OnnxPruneError as error:
             raise OnnxPruneError(str(error), 2) from error
     seeded = seeded_feeds(model.proto, model.input_shapes, seed)
@@ -119,18 +109,7 @@ def prepare(grouping: Grouping, feeds: Arrays | None = None, seed: int = 0) -> B
         except OnnxPruneError:
             continue
         best = min(best, other, key=lambda bench: bench.rounding)
-    return _with_steps(best)
-
-
-def _with_steps(bench: Bench) -> Bench:
-    """With every node alone, where rounding moves the outputs too far to compare them."""
-    if 5 * bench.rounding <= MOST:
-        return bench
-    try:
-        values = every_value(bench.model.proto, bench.feeds, bench.model.folded)
-    except OnnxPruneError:
-        return bench
-    return replace(bench, steps=Steps(values, bench.feeds, bench.model.proto, set(bench.arrays)))
+    return best
 
 
 _SCALES: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
@@ -225,7 +204,7 @@ def certify(
         failed |= wrong
         groups = [g for g in groups if g.id not in failed]
         worst = max(worst, gap)
-    bench = replace(bench, elsewhere=None if bench.steps is not None else _other_sizes(bench, seed))
+    bench = replace(bench, elsewhere=_other_sizes(bench, seed))
     if blocks:
         say(f"cutting {len(blocks)} branches")
         failed |= certify_blocks(bench, grouping, blocks, say)
@@ -241,7 +220,7 @@ def certify(
     names = {m.tensor for g in (*groups, *blocks) for m in g.members}
     bench = replace(bench, arrays={k: v for k, v in bench.arrays.items() if k in names})
     proof = Proof(bench.rounding, bench.tolerance, worst, proven, idle, open_, failed, influence=influence)
-    return certified, replace(proof, stepwise=bench.steps is not None), bench
+    return certified, proof, bench
 
 
 def _search(bench: Bench, grouping: Grouping, groups: list[Group], seed: int, say: Progress) -> tuple[float, dict[int, str]]:
@@ -279,8 +258,6 @@ def _search(bench: Bench, grouping: Grouping, groups: list[Group], seed: int, sa
 def _blame(bench: Bench, gap: float) -> str:
     if bench.tolerance >= MOST:
         return f"not provable: rounding alone changes the outputs by {bench.rounding:.2g} standard deviations"
-    if bench.steps is not None:
-        return f"not provable: rounding alone changes the outputs by {bench.rounding:.2g} standard deviations, and so does permuting it"
     return f"the permutation test fails (outputs change by {gap:.2g} standard deviations)"
 
 

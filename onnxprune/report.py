@@ -96,8 +96,6 @@ def show_proof(console: Console, proof: Proof | None) -> None:
         f"proof: {count} groups permuted, outputs move by {proof.permutation:.1e} standard deviations "
         f"(rounding {proof.rounding:.1e}, allowed {proof.tolerance:.1e})"
     )
-    if proof.stepwise:
-        console.print("  each node alone, as rounding alone moves the outputs too far: a node's results move by that much")
     if proof.influence:
         console.print(f"  {len(proof.influence)} residual branches: cutting them is the same as zeros in their last projections")
     for text, ids in (

@@ -17,7 +17,6 @@ from onnxprune.masking import contractions, excuses, zeroed
 from onnxprune.moves import Moves, permuted, shuffled
 from onnxprune.rewriter import Remove, rewrite
 from onnxprune.running import LEAST, MOST, Arrays, Runner, distance, first_line, jittered, session
-from onnxprune.stepwise import Steps, every_value
 
 COMMUTING = 5  # the seed of the order in which units are permuted before they are removed
 
@@ -35,14 +34,14 @@ def prove_surgery(
     losing = [g for g in grouping.groups if len(remove.get(g.id, ()))]
     say("permuting before pruning")
     try:
-        pruned, gap, rounding = _pruned(bench, grouping, losing, remove)
+        pruned, gap = _pruned(bench, grouping, losing, remove)
     except ProofError:
         raise
     except OnnxPruneError as error:
         say(f"looking for the cause among {len(losing)} groups")
         raise _failure(grouping, _culprits(losing, error, lambda part: _pruned(bench, grouping, part, remove))) from error
     say("comparing with the masked original")
-    marked, wrong, masked = _masked(bench, grouping, losing, remove, rounding)
+    marked, wrong, masked = _masked(bench, grouping, losing, remove)
     if wrong:
         raise _failure(grouping, wrong)
     grouping = replace(grouping, groups=tuple(replace(g, statistics=g.statistics or g.id in marked) for g in grouping.groups))
@@ -163,8 +162,8 @@ def _has_halves(proto: ModelProto) -> bool:
     return any(t.data_type in FLOATS and t.data_type != FLOATS[0] for t in proto.graph.initializer)
 
 
-def _pruned(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remove) -> tuple[ModelProto, float | None, float]:
-    """The model without the units of some groups, the gap to pruning after a permutation, and what rounding does to its outputs.
+def _pruned(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remove) -> tuple[ModelProto, float | None]:
+    """The model without the units of some groups, and the gap to pruning after a permutation.
 
     Raises OnnxPruneError (exit code 4) where it is not well-formed or the gap is more than rounding; ProofError where rounding
     alone may be the cause.
@@ -174,7 +173,7 @@ def _pruned(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remov
     narrow = Moves(grouping, after=gone)
     outputs = check_model(bench, pruned, narrow)
     if all(g.branch is not None for g in losing):  # a branch is one unit, which has nowhere else to go
-        return pruned, None, bench.rounding
+        return pruned, None
     feeds = narrow.arrays(bench.feeds)
     same = {g.id: np.sort(np.argsort(shuffled(g, COMMUTING))[remove[g.id]]) for g in losing}
     other = rewrite(grouping, same, permuted(bench.arrays, losing, seed=COMMUTING))
@@ -190,23 +189,14 @@ def _pruned(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remov
     if bench.elsewhere is not None:
         there = narrow.arrays(bench.elsewhere)
         gap = max(gap, distance(moves.arrays(runner.run(there)), twin.run(moves.arrays(there))))
-    seen = gap
-    if 5 * rounding > MOST:
-        values = every_value(pruned, feeds, bench.model.folded)
-        gap, tolerance = LEAST * Steps(values, feeds, other).gap(moves), LEAST
+    if gap > tolerance and 5 * rounding > MOST:
+        why = f"rounding alone moves the pruned model's outputs by {gap:.2g} standard deviations on these inputs; give others with --feeds"
+        raise ProofError(why, {})
     if gap > tolerance:
         raise OnnxPruneError(
             f"pruning a permuted model gives other outputs (by {gap:.2g} standard deviations, {tolerance:.2g} are rounding)", 4
         )
-    if 5 * rounding > MOST:
-        _comparable(seen)
-    return pruned, gap, rounding
-
-
-def _comparable(gap: float) -> None:
-    """Raises ProofError where every node is right and yet rounding moves the outputs too far for anyone to see that."""
-    if gap > MOST:
-        raise ProofError(f"rounding alone moves the outputs by {gap:.2g} standard deviations on these inputs; give others with --feeds", {})
+    return pruned, gap
 
 
 def _elsewhere(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remove) -> None:
@@ -219,7 +209,7 @@ def _elsewhere(bench: Bench, grouping: Grouping, losing: list[Group], remove: Re
         raise OnnxPruneError(f"on inputs of {sizes} it differs from the masked original by {gap:.2g} standard deviations", 4)
 
 
-def _masked_gap(bench: Bench, grouping: Grouping, part: list[Group], remove: Remove, feeds: Arrays, rounding: float = 0.0) -> float:
+def _masked_gap(bench: Bench, grouping: Grouping, part: list[Group], remove: Remove, feeds: Arrays) -> float:
     """How far the model without the units of some groups is from the original with zeros in their place."""
     gone = {g.id: remove[g.id] for g in part}
     moves, model, least = Moves(grouping, after=gone), bench.model, float("inf")
@@ -230,12 +220,8 @@ def _masked_gap(bench: Bench, grouping: Grouping, part: list[Group], remove: Rem
     for readers in (contractions(model), None):
         zeros = zeroed(bench.arrays, part, remove, readers)
         try:
-            if 5 * rounding > MOST:
-                values = every_value(model.proto, feeds, model.folded, zeros)
-                gap = bench.tolerance * Steps(values, feeds, pruned).gap(moves)
-            else:
-                outputs = Runner(pruned, watch=behind_integers(model)).run(moves.arrays(feeds))
-                gap = distance(moves.arrays(bench.runner.run(feeds, zeros)), outputs)
+            outputs = Runner(pruned, watch=behind_integers(model)).run(moves.arrays(feeds))
+            gap = distance(moves.arrays(bench.runner.run(feeds, zeros)), outputs)
         except OnnxPruneError:
             continue
         least = min(least, gap)
@@ -244,16 +230,14 @@ def _masked_gap(bench: Bench, grouping: Grouping, part: list[Group], remove: Rem
     return least
 
 
-def _masked(
-    bench: Bench, grouping: Grouping, losing: list[Group], remove: Remove, rounding: float
-) -> tuple[set[int], dict[int, str], float | None]:
+def _masked(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remove) -> tuple[set[int], dict[int, str], float | None]:
     """Where zeroing does not equal removing: ids of groups with a reason for that, why others are wrong; and the gap of the rest."""
     plain = [g for g in losing if not g.statistics]
     reasons: dict[int, str] = {}
     apart: set[int] = set()
 
     def gap(part: list[Group]) -> float:
-        return _masked_gap(bench, grouping, part, remove, bench.feeds, rounding)
+        return _masked_gap(bench, grouping, part, remove, bench.feeds)
 
     def search(part: list[Group], found: float) -> None:
         if found <= bench.tolerance:
@@ -278,7 +262,5 @@ def _masked(
         apart |= {g.id for g in rest[keep:]}
         rest = rest[:keep]
         worst = gap(rest) if rest else 0.0
-    if rest and 5 * rounding > MOST:
-        _comparable(_masked_gap(bench, grouping, rest, remove, bench.feeds))
     wrong = {i: "zeros in place of its units give other outputs than removing them" for i in apart if i not in reasons}
     return apart - set(wrong), wrong, worst if rest else None
