@@ -226,6 +226,12 @@ def certify(
         groups = [g for g in groups if g.id not in failed]
         worst = max(worst, gap)
     bench = replace(bench, elsewhere=None if bench.steps is not None else _other_sizes(bench, seed))
+    if bench.elsewhere is not None and groups:  # sizes that agree by chance do so at one size only
+        there = replace(bench, feeds=bench.elsewhere, reference=bench.runner.run(bench.elsewhere), rounding=2 * bench.rounding)
+        _, wrong = _search(there, grouping, groups, seed + 1, say)
+        sizes = ", ".join(f"{k} {list(np.shape(v))}" for k, v in bench.elsewhere.items())
+        failed |= {k: f"{why} on inputs of {sizes}" for k, why in wrong.items()}
+        groups = [g for g in groups if g.id not in failed]
     if blocks:
         say(f"cutting {len(blocks)} branches")
         failed |= certify_blocks(bench, grouping, blocks, say)
