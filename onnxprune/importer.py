@@ -17,7 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxprune.errors import OnnxPruneError
 from onnxprune.folding import Folded
-from onnxprune.scopes import all_graphs, captured, flat, open_graphs, subgraphs, unique_names
+from onnxprune.scopes import all_graphs, captured, declared, flat, open_graphs, subgraphs, unique_names
 from onnxprune.shapes import infer
 from onnxprune.sharing import unshare
 
@@ -106,7 +106,8 @@ def load(
         if node.op_type == "Constant":
             tensors.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
     named = {v.name for v in (*proto.graph.input, *proto.graph.output)} | {x for n in main if any(subgraphs(n)) for x in n.input}
-    main, copies = unshare(main, tensors, named.union(*(captured(node) for node in main)))
+    used = set(tensors).union(*(declared(graph) for graph in all_graphs(proto.graph)))
+    main, copies = unshare(main, tensors, named.union(*(captured(node) for node in main)), used)
     tensors |= {copy: tensors[original] for copy, original in copies.items()}
     nodes = tuple(flat(main, opset))
     if feeds is not None:
