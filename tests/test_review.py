@@ -1,6 +1,9 @@
-"""Sizes that agree by chance, names that are taken, and operators that look like their simpler kin."""
+"""Sizes that agree by chance, names that are taken, operators that look like their simpler kin, plans edited amiss."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -126,3 +129,26 @@ def test_a_branch_over_its_own_norm_is_not_zero() -> None:
     assert ["block" in kind for kind in kinds] == [False, True, True]
     cut = onnxprune.prune(constant, 0.9, granularity="block")
     assert "w2" not in tensors(cut.model)
+
+
+EDITS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "a group twice": lambda plan: plan | {"groups": [*plan["groups"], plan["groups"][0] | {"remove": [7]}]},
+    "units that are not its places": lambda plan: plan | {"groups": [g | {"units": 1, "remove": [0]} for g in plan["groups"]]},
+    "options that are a list": lambda plan: plan | {"options": [1]},
+    "shapes that are a list": lambda plan: plan | {"shapes": [1]},
+    "a shape that is a number": lambda plan: plan | {"shapes": {"w1": 8}},
+    "an input shape that is a number": lambda plan: plan | {"options": {"input_shapes": {"x": 3}}},
+    "a size that is a text": lambda plan: plan | {"options": {"input_shapes": {"x": ["B", 6]}}},
+    "allow_io that is a number": lambda plan: plan | {"options": {"allow_io": 3}},
+    "reached that is a text": lambda plan: plan | {"reached": "half"},
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
+def test_plans_edited_amiss_are_refused(edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    model = build("float[B,6] x", "a = MatMul (x, w1) b = Relu (a) y = MatMul (b, w2)", "float y", {"w1": (6, 8), "w2": (8, 4)})
+    plan = onnxprune.plan(model, 0.4).to_json()
+    with pytest.raises(OnnxPruneError) as failure:
+        onnxprune.apply(model, edit(plan))
+    assert failure.value.exit_code == 2
+    assert "\n" not in str(failure.value)
