@@ -275,7 +275,8 @@ def _apply(
         grouping, proof, bench = _certified(made.grouping, feeds, seed, True, progress)
         lost = [i for i in made.remove if proof and i in proof.frozen]
         if lost and proof:
-            raise OnnxPruneError(f"{loaded.name}: group {lost[0]} of the plan fails its proof: {proof.frozen[lost[0]]}", 4)
+            tensor = next(g.members[0].tensor for g in made.groups if g.id == lost[0])
+            raise OnnxPruneError(f"{loaded.name}: group {lost[0]} ('{tensor}') of the plan fails its proof: {proof.frozen[lost[0]]}", 4)
         made = replace(made, grouping=grouping)
     return _finish(made, proof, bench, True, progress), bench
 

@@ -76,6 +76,10 @@ class _Finder:
         for out in outs:
             self.above[out] = past | 1 << len(self.above)
 
+    def _after(self, name: str, other: str) -> bool:
+        """Whether a value that data makes is the other one, or computed from it."""
+        return other in self.above and bool(self.above.get(name, 0) >> self.above[other].bit_length() - 1 & 1)
+
     def member(self, name: str) -> Member:
         """All of a tensor, as the one unit of a group."""
         dims = self.model.tensors[name].dims
@@ -140,6 +144,9 @@ class _Finder:
             return next((known[name] for name in inputs if name in known and name in self.constant), None)
         if op in ("Mul", "Div"):  # LayerScale and gates multiply what may be zero by itself
             factors = sorted(inputs, key=lambda name: name in self.constant) if op == "Mul" else inputs[:1]
+            made = known.get(inputs[0], {})
+            if op == "Div" and any(known[name].keys() & made.keys() for name in known if self._after(inputs[1], name)):
+                return None  # zero by its own norm
             for name in factors:
                 others = frozenset[str]().union(*(self.roots.get(x, frozenset()) for x in inputs if x != name))
                 if name in known and not others.intersection(known[name]):  # a weight over its own norm is not zero

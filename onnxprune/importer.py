@@ -17,7 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxprune.errors import OnnxPruneError
 from onnxprune.folding import Folded
-from onnxprune.scopes import all_graphs, captured, flat, open_graphs, subgraphs, unique_names
+from onnxprune.scopes import all_graphs, captured, declared, flat, open_graphs, subgraphs, unique_names
 from onnxprune.shapes import infer
 from onnxprune.sharing import unshare
 
@@ -33,7 +33,8 @@ class Model:
     graph's nodes, sorted; `nodes` those and the nodes of the bodies in it that are understood, each body before its node.
     `shapes` holds every value's concrete sizes at the sizes of `input_shapes`; `folded` the values that are known before any
     input is (shape arithmetic); `ambiguous` the tensors that the file's names do not identify, as subgraphs reuse them;
-    `copies` {name that one reader has for it: tensor of one number that several share}.
+    `copies` {name that one reader has for it: tensor of one number that several share}; `static` which axes of a value are known
+    to have one size for all inputs, None where every axis of every value has.
     """
 
     proto: ModelProto
@@ -49,8 +50,17 @@ class Model:
     input_shapes: Mapping[str, Shape]
     ambiguous: frozenset[str] = frozenset()
     copies: Mapping[str, str] = field(default_factory=dict)
+    static: Mapping[str, tuple[bool, ...]] | None = None
     _arrays: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     sums: dict[tuple[str, int, int], np.ndarray] = field(default_factory=dict, repr=False)  # of criteria: tensor, axis, power
+
+    def unchanging(self, name: str) -> tuple[bool, ...]:
+        """Which axes of a value are known to have the same size for all inputs."""
+        sizes = self.shapes.get(name, ())
+        if self.static is None or name in self.tensors:
+            return (True,) * len(sizes)
+        found = self.static.get(name, ())
+        return found if len(found) == len(sizes) else (False,) * len(sizes)
 
     def array(self, tensor: str) -> np.ndarray:
         """The values of an initializer or Constant, read when first asked for."""
@@ -106,7 +116,8 @@ def load(
         if node.op_type == "Constant":
             tensors.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
     named = {v.name for v in (*proto.graph.input, *proto.graph.output)} | {x for n in main if any(subgraphs(n)) for x in n.input}
-    main, copies = unshare(main, tensors, named.union(*(captured(node) for node in main)))
+    used = set(tensors).union(*(declared(graph) for graph in all_graphs(proto.graph)))
+    main, copies = unshare(main, tensors, named.union(*(captured(node) for node in main)), used)
     tensors |= {copy: tensors[original] for copy, original in copies.items()}
     nodes = tuple(flat(main, opset))
     if feeds is not None:
@@ -131,6 +142,7 @@ def load(
         input_shapes={k: result.shapes[k] for k in inputs if k in result.shapes},
         ambiguous=ambiguous,
         copies=copies,
+        static=result.static,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ def read_plan(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, A
             raise OnnxPruneError(f"{name}: not a JSON file ({error}); make one with `onnxprune plan`") from error
     if not isinstance(content, dict) or content.get("format") != 1 or not isinstance(content.get("groups"), list):
         raise OnnxPruneError(f"{name}: not a plan of format 1; make one with `onnxprune plan`")
+    _check_header(name, content)
     try:
         for entry in content["groups"]:
             units = int(entry["units"])
@@ -72,11 +73,32 @@ def read_plan(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, A
                     raise OnnxPruneError(f"{name}: the blocks of group {entry['id']} lose different numbers of units; make them equal")
             for member in entry["members"]:
                 str(member["tensor"]), int(member["axis"]), np.asarray(member["indices"], np.int64).reshape(units, -1)
+                if len(member["indices"]) != units:
+                    raise OnnxPruneError(f"{name}: group {entry['id']} has {units} units, and places of {len(member['indices'])}")
         if not any(entry.get("remove") for entry in content["groups"]):
             raise OnnxPruneError(f"{name}: removes nothing; it may be a groups file: make a plan with `onnxprune plan`")
     except (KeyError, TypeError, ValueError) as error:
         raise OnnxPruneError(f"{name}: a group is not as the format says ({error}); make the plan again") from error
     return content
+
+
+def _check_header(name: str, content: Mapping[str, Any]) -> None:
+    """Options, shapes and the share reached are of the types that the format says; raises OnnxPruneError where not."""
+    options, shapes = content.get("options") or {}, content.get("shapes") or {}
+    given = options.get("input_shapes") or {} if isinstance(options, Mapping) else None
+    allowed = options.get("allow_io") or [] if isinstance(options, Mapping) else None
+    sizes = [shape for table in (shapes, given) if isinstance(table, Mapping) for shape in table.values()]
+    wrong = {
+        "options": not isinstance(options, Mapping),
+        "shapes": not isinstance(shapes, Mapping),
+        "input_shapes": not isinstance(given, Mapping),
+        "shape": any(not isinstance(s, Sequence) or any(type(n) is not int for n in s) for s in sizes),
+        "allow_io": not isinstance(allowed, Sequence) or isinstance(allowed, str) or any(not isinstance(one, str) for one in allowed),
+        "reached": not isinstance(content.get("reached") or 0.0, int | float),
+    }
+    if any(wrong.values()):
+        what = next(key for key, bad in wrong.items() if bad)
+        raise OnnxPruneError(f"{name}: '{what}' is not as the format says; make the plan again")
 
 
 def match(grouping: Grouping, content: Mapping[str, Any]) -> Plan:
@@ -107,6 +129,8 @@ def match(grouping: Grouping, content: Mapping[str, Any]) -> Plan:
             raise OnnxPruneError(
                 f"{model.name}: no group of its is like group {entry['id']} of the plan ({where}); the plan was made for another model"
             )
+        if matching[0].id in remove:
+            raise OnnxPruneError(f"{model.name}: the plan names group {entry['id']} ('{members[0][0]}') twice; say once what goes")
         remove[matching[0].id] = np.array(sorted(int(u) for u in entry["remove"]), np.int64)
     return Plan(grouping, remove, dict(content.get("options") or {}), float(content.get("reached") or 0.0))
 

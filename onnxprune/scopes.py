@@ -153,7 +153,8 @@ def _tensors(graph: GraphProto) -> list[str]:
     return [t.name for t in graph.initializer] + [o for n in graph.node if n.op_type == "Constant" for o in n.output]
 
 
-def _declared(graph: GraphProto) -> set[str]:
+def declared(graph: GraphProto) -> set[str]:
+    """Names of a graph's own values."""
     names = {v.name for v in graph.input} | {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
     return (names | {o for n in graph.node for o in n.output}) - {""}
 
@@ -168,12 +169,12 @@ def unique_names(proto: ModelProto) -> tuple[ModelProto, frozenset[str]]:
         return proto, frozenset()
     stored = Counter(name for graph in graphs for name in _tensors(graph))
     ambiguous = {name for name, times in stored.items() if times > 1}
-    declared = [_declared(graph) for graph in graphs]
-    known = set().union(*declared)
-    if sum(map(len, declared)) == len(known):
+    made = [declared(graph) for graph in graphs]
+    known = set().union(*made)
+    if sum(map(len, made)) == len(known):
         return proto, frozenset(ambiguous)
     single = {name for name, times in stored.items() if times == 1}
-    used = set(declared[0])
+    used = set(made[0])
     copy = ModelProto()
     copy.CopyFrom(proto)
 
@@ -189,7 +190,7 @@ def unique_names(proto: ModelProto) -> tuple[ModelProto, frozenset[str]]:
 
     def own_names(graph: GraphProto) -> dict[str, str]:
         tensors, own = set(_tensors(graph)), {}
-        for name in sorted(_declared(graph)):
+        for name in sorted(declared(graph)):
             own[name] = name
             if name in used or (name in single and name not in tensors):  # a name that is a tensor's alone stays the tensor's
                 own[name] = next(f"{name}@{k}" for k in count(1) if f"{name}@{k}" not in known)

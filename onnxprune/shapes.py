@@ -24,8 +24,11 @@ from onnxprune.sequences import Partial, Sequences
 
 @dataclass(frozen=True)
 class Inferred:
+    """static: {value: which of its axes are known to have one size for all inputs}; None where every axis has."""
+
     shapes: dict[str, Shape]
     folded: dict[str, Folded]
+    static: Mapping[str, tuple[bool, ...]] | None = None
 
 
 def infer(
@@ -147,7 +150,7 @@ def _infer_at(
         if value.name in wanted and value.name not in known and _static(value):
             known[value.name] = concrete(value, 0)
     held = Sequences(nodes, flows).shapes(dict(known))
-    return Inferred(known | {k: full for k, v in held.items() if (full := _full(v)) is not None}, folded)
+    return Inferred(known | {k: full for k, v in held.items() if (full := _full(v)) is not None}, folded, static_everywhere)
 
 
 def _full(shape: Partial) -> Shape | None:

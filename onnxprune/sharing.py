@@ -16,14 +16,16 @@ from onnx import NodeProto, TensorProto, numpy_helper
 
 
 def unshare(
-    nodes: Sequence[NodeProto], tensors: Mapping[str, TensorProto], keep: Collection[str]
+    nodes: Sequence[NodeProto], tensors: Mapping[str, TensorProto], keep: Collection[str], taken: Collection[str]
 ) -> tuple[tuple[NodeProto, ...], dict[str, str]]:
-    """The nodes with a name for each time that they read such a tensor, and {new name: tensor}; `keep` are tensors to leave."""
+    """The nodes with a name for each time that they read such a tensor, and {new name: tensor}.
+
+    keep: tensors to leave; taken: names that values of the model have, in bodies too.
+    """
     reads = Counter(name for node in nodes for name in node.input if name in tensors and name not in keep)
     shared = {name for name, times in reads.items() if times > 1 and _uniform(tensors[name])}
     if not shared:
         return tuple(nodes), {}
-    taken = {name for node in nodes for name in (*node.input, *node.output)}
     copies: dict[str, str] = {}
     found = []
     for node in nodes:

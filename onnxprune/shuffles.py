@@ -6,6 +6,7 @@ them.  Read as one Gather it ties nothing; where channels go, it is written as o
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from onnxprune.importer import Model
 from onnxprune.scopes import captured, subgraphs
 
 Shape = tuple[int, ...]
+OPEN = 2**31 - 1  # a prime, so that it is no factor of sizes: an axis of one index that has more at other input sizes
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,21 @@ def _shuffle(model: Model, chain: tuple[int, int, int]) -> Shuffle | None:
     names = split.input[0], split.output[0], merge.output[0]
     if merge.input[0] != swap.output[0] or any(n not in model.shapes for n in names):
         return None
-    before, between, after = (model.shapes[n] for n in names)
+    same = model.unchanging(names[0])
+    before = tuple(size if size != 1 or fixed else OPEN for size, fixed in zip(model.shapes[names[0]], same, strict=True))
+    between, after = (_opened(model, node, before) for node in (split, merge))
     runs = _runs(before, between)
     cut = [run for run in runs or () if len(run[1]) > 1]
-    if before != after or runs is None or len(cut) != 1 or _changing(model, split, cut[0][1]):
+    if before != after or runs is None or len(cut) != 1:
         return None
     axis, factors = cut[0]
-    order = [i for i in attributes(swap).get("perm", range(len(between))[::-1]) if between[i] != 1]
+    perm = list(attributes(swap).get("perm", range(len(between))[::-1]))
+    whole = {inner[0]: i for i, inner in runs if len(inner) == 1}
+    if not _follows(model, split, {i: (a, a) for i, a in whole.items()}, same):
+        return None
+    if not _follows(model, merge, {a: (perm.index(i), a) for i, a in whole.items()}, same):
+        return None
+    order = [i for i in perm if between[i] != 1]
     start = min(order.index(i) for i in factors)
     moved = order[start : start + len(factors)]
     unmoved = [*order[:start], *factors, *order[start + len(factors) :]]
@@ -71,12 +81,38 @@ def _shuffle(model: Model, chain: tuple[int, int, int]) -> Shuffle | None:
     return Shuffle(names[0], names[2], axis, grid.transpose([factors.index(i) for i in moved]).ravel(), chain)
 
 
-def _changing(model: Model, reshape: NodeProto, axes: tuple[int, ...]) -> bool:
-    """Whether some of the sizes that a Reshape asks for may be others at run time."""
+def _opened(model: Model, reshape: NodeProto, source: Shape) -> Shape:
+    """The shape of a Reshape's result, with OPEN for every 1 that is another size at other input sizes."""
+    shape = model.shapes[reshape.output[0]]
+    target = model.folded.get(reshape.input[1]) if len(reshape.input) > 1 else None
+    if model.static is None or target is None or target.number.size != len(shape):
+        return shape
+    entries, dynamic = np.ravel(target.number), np.ravel(target.dynamic)
+    copied = [entry == 0 and source[i : i + 1] == (OPEN,) for i, entry in enumerate(entries)]
+    grows = [bool(dynamic[i] or entry == -1 or copied[i]) for i, entry in enumerate(entries)]
+    return tuple(OPEN if size == 1 and grows[i] else size for i, size in enumerate(shape))
+
+
+def _follows(model: Model, reshape: NodeProto, whole: Mapping[int, tuple[int, int]], same: Sequence[bool]) -> bool:
+    """Whether a Reshape gives the axes that are neither cut nor merged their own sizes, for all inputs.
+
+    whole: {axis of the result: the same axis of the Reshape's input, and of the chain's}; same: which of the chain's never change.
+    """
     if len(reshape.input) < 2:
-        return False
+        return model.static is None
     target = model.folded.get(reshape.input[1])
-    return target is None or bool(np.ravel(target.dynamic)[list(axes)].any())
+    if target is None:
+        return False
+    entries, dynamic = np.ravel(target.number), np.ravel(target.dynamic)
+    if len(entries) > len(same) and any(flag and i not in whole for i, flag in enumerate(dynamic)):  # a factor
+        return False
+    for i, entry in enumerate(entries if model.static is not None else ()):
+        place, axis = whole.get(i, (-1, -1))
+        if entry == 0 and place != i:  # the size of another axis, which happens to be the same here
+            return False
+        if entry > 0 and axis >= 0 and not dynamic[i] and not same[axis] and -1 in entries:  # the -1 takes what is too much
+            return False
+    return True
 
 
 def _runs(before: Shape, between: Shape) -> list[tuple[int, tuple[int, ...]]] | None:

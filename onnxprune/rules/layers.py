@@ -77,6 +77,8 @@ def conv_transpose(site: Site) -> None:
         site.same(site.x[2][0], y[1])
     windows(site, x, y, [site.size(axis) for axis in w[2:]])
     site.fixed(w[2:], "kernel axis")
+    if "output_shape" in site.attributes:
+        site.fixed(y[2:], "an output_shape that says its size")
     if site.size(groups) > 1:
         site.mend("group", {0: [groups]})
 
@@ -86,6 +88,7 @@ def deform_conv(site: Site) -> None:
     """A convolution with offset (N, offset_group·kernel·rank, …) and mask (N, offset_group·kernel, …) for runs of input channels."""
     x, w, y = site.x[0], site.x[1], site.y[0]
     convolution(site, x, w, y, site.x[3] if site.has(3) else [])
+    site.fixed([*x[2:], *y[2:]], "spatial axis")  # offsets lead even a kernel of one place elsewhere
     for axes in (site.x[2], site.x[4] if site.has(4) else []):
         site.same_all(axes[:1], x[:1])
         site.fixed(axes[1:], "an offset for each place of the kernel")
