@@ -253,13 +253,13 @@ def _gap(a: np.ndarray, b: np.ndarray) -> float:
     return gap
 
 
-def jittered(arrays: Arrays, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Every float moved by about one unit in its last place: what rounding alone may do."""
+def jittered(arrays: Arrays, rng: np.random.Generator, units: float = 1.0) -> dict[str, np.ndarray]:
+    """Every float moved by about one unit in its last place (or some): what rounding alone may do."""
     moved = {}
     for name, array in arrays.items():
         values = widened(array)
         if values.dtype == np.float32 and values.size > 64:
             signs = rng.integers(0, 2, values.shape, dtype=np.int8) * 2 - 1
             with np.errstate(over="ignore", invalid="ignore"):
-                moved[name] = np.where(np.isfinite(values), values * (1 + np.float32(6e-8) * signs), values).astype(np.float32)
+                moved[name] = np.where(np.isfinite(values), values * (1 + np.float32(6e-8 * units) * signs), values).astype(np.float32)
     return moved
