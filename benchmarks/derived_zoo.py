@@ -1,4 +1,4 @@
-"""Quantized, fused and cast variants of the zoo's graphs, held to the zoo's own bar; a Markdown table, a line a variant.
+"""Quantized, fused, cast and cut-up variants of the zoo's graphs, held to the zoo's own bar; a Markdown table, a line a variant.
 
 python benchmarks/derived_zoo.py ../shared [--only 'resnet18' 'hf_bert*'] [--variants 'qdq-*' ort-all] [--out rows.json]
 
@@ -126,6 +126,51 @@ def in_type(folder: Path, feeds: Feeds, *, target: int) -> ModelProto:
     return cast(onnx.load(folder / "model.onnx"), TensorProto.FLOAT, target)
 
 
+def in_functions(folder: Path, feeds: Feeds, *, size: int) -> ModelProto:
+    """Every run of `size` nodes as a local function; weights are what it is called with."""
+    model = onnx.load(folder / "model.onnx")
+    nodes, last = list(model.graph.node), {v.name for v in model.graph.output}
+    calls = []
+    for start in range(0, len(nodes), size):
+        body, after = nodes[start : start + size], nodes[start + size :]
+        made = {o for n in body for o in n.output if o}
+        reads = list(dict.fromkeys(x for n in body for x in n.input if x and x not in made))
+        wanted = last | {x for n in after for x in n.input}
+        makes = [o for n in body for o in n.output if o and o in wanted]
+        if not makes or any(a.HasField("g") for n in body for a in n.attribute):
+            calls += body
+            continue
+        name = f"Part{start // size}"
+        model.functions.append(helper.make_function("parts", name, reads, makes, body, model.opset_import))
+        calls.append(helper.make_node(name, reads, makes, domain="parts"))
+    del model.graph.node[:]
+    model.graph.node.extend(calls)
+    model.opset_import.append(helper.make_opsetid("parts", 1))
+    return model
+
+
+def in_scan(folder: Path, feeds: Feeds) -> ModelProto:
+    """The whole model as the body of a Scan over one step; its weights stay outside."""
+    model = onnx.load(folder / "model.onnx")
+    graph, inner = model.graph, onnx.GraphProto(name="step")
+    weights = {t.name for t in graph.initializer}
+    inner.node.extend(graph.node)
+    inner.input.extend(v for v in graph.input if v.name not in weights)
+    inner.output.extend(graph.output)
+    del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
+    for kind, values, target in (("in", inner.input, graph.input), ("out", inner.output, graph.output)):
+        for value in values:
+            own = target.add()
+            own.CopyFrom(value)
+            own.name = f"{kind}_{value.name}"
+            dims = [d.dim_value or d.dim_param or None for d in value.type.tensor_type.shape.dim]
+            own.CopyFrom(helper.make_tensor_value_info(own.name, value.type.tensor_type.elem_type, [1, *dims]))
+    names = [[v.name for v in values] for values in (graph.input, graph.output)]
+    graph.node.append(helper.make_node("Scan", *names, body=inner, num_scan_inputs=len(graph.input)))
+    feeds |= {f"in_{name}": array[None] for name, array in feeds.items()}
+    return model
+
+
 VARIANTS: dict[str, Callable[[Path, Feeds], ModelProto]] = {
     "qdq-int8": partial(static, form="qdq", kind="int8"),
     "qdq-uint8": partial(static, form="qdq", kind="uint8"),
@@ -138,6 +183,8 @@ VARIANTS: dict[str, Callable[[Path, Feeds], ModelProto]] = {
     "float16": partial(in_type, target=TensorProto.FLOAT16),
     "bfloat16": partial(in_type, target=TensorProto.BFLOAT16),
     "double": partial(in_type, target=TensorProto.DOUBLE),
+    "functions": partial(in_functions, size=6),
+    "scan": in_scan,
     "ort-basic": partial(saved, level="BASIC"),
     "ort-extended": partial(saved, level="EXTENDED"),
     "ort-all": partial(saved, level="ALL"),
@@ -255,13 +302,14 @@ def variant(name: str, how: str, zoo: Any, check: Any, ratio: float, seconds: in
             folder, feeds = Path(text), dict(zoo.feeds(name, 0))
             onnx.save(zoo.load(name, 0), folder / "model.onnx")
             try:
-                model = VARIANTS[how](folder, feeds)
+                given = dict(feeds)
+                model = VARIANTS[how](folder, given)
             except Exception as error:
                 return row | {"state": "unmade", "error": str(error)[:200]}
             types = {v.name: v.type.tensor_type.elem_type for v in model.graph.input}
             whole = onnxprune.groups(folder / "model.onnx", feeds=feeds, verify=False)
             row["original"] = sum(g.units for g in whole.groups)
-            feeds = {k: v.astype(helper.tensor_dtype_to_np_dtype(types[k])) for k, v in feeds.items() if k in types}
+            feeds = {k: v.astype(helper.tensor_dtype_to_np_dtype(types[k])) for k, v in given.items() if k in types}
             return row | judged(model, feeds, check, folder, ratio)
     except Exception as error:
         return row | {"state": "crashed", "error": repr(error)[:300]}
