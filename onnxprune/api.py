@@ -183,8 +183,6 @@ def prune(
             return _finish(made, proof, bench, abs(choice.reached - ratio) <= 0.01, progress)
         except ProofError as error:
             failure = error
-            if not error.groups:
-                raise
         _say(progress, f"planning again without {len(failure.groups)} groups")
         grouping, proof = _less(grouping, proof, failure.groups)
         scores = {k: v for k, v in scores.items() if k not in failure.groups}
