@@ -131,11 +131,11 @@ class Geometry:
         """A weight as (groups, out, features), float64; features are input channels, then the kernel's places."""
         w = np.asarray(weight, np.float64)
         if self.op == "Conv":
-            return w.reshape(self.group, w.shape[0] // self.group, -1)
+            return np.asarray(w.reshape(self.group, w.shape[0] // self.group, -1))
         if self.op == "ConvTranspose":
             w = w.reshape(self.group, w.shape[0] // self.group, w.shape[1], -1)
-            return w.transpose(0, 2, 1, 3).reshape(self.group, w.shape[2], -1)
-        return (w if self.left or self.flipped else w.T)[None]
+            return np.asarray(w.transpose(0, 2, 1, 3).reshape(self.group, w.shape[2], -1))
+        return np.asarray((w if self.left or self.flipped else w.T)[None])
 
     def weight(self, matrix: np.ndarray, like: np.ndarray) -> np.ndarray:
         """The inverse of `matrix`, in the shape and type of another weight."""
@@ -153,11 +153,11 @@ class Geometry:
         MatMul: into all axes but the channels').
         """
         if self.op not in CONVOLUTIONS:
-            return self._flat(x)[places][None]
+            return np.asarray(self._flat(x)[places][None])
         spatial = out[2:]
         at = np.unravel_index(places, spatial)
         size, channels = x.shape[0], x.shape[1]
-        picked = []
+        picked: list[np.ndarray] = []
         valid = np.ones((len(places), *([1] * len(spatial))), bool)
         before = self._before(x.shape[2:], spatial, kernel)
         for axis, (p, k) in enumerate(zip(at, kernel, strict=True)):
@@ -174,18 +174,18 @@ class Geometry:
             shape[1 + axis] = k
             picked.append(np.where(inside, index, 0).reshape(shape))
             valid = valid & inside.reshape(shape)
-        found = x[(slice(None), slice(None), *picked)]  # (n, channels, rows, *kernel)
+        found = x[tuple([slice(None), slice(None), *picked])]  # (n, channels, rows, *kernel)
         if not valid.all():
             found = np.where(valid, found, x.dtype.type(0))
         found = found.reshape(size, self.group, channels // self.group, len(places), -1)
-        return found.transpose(1, 0, 3, 2, 4).reshape(self.group, size * len(places), -1)
+        return np.asarray(found.transpose(1, 0, 3, 2, 4).reshape(self.group, size * len(places), -1))
 
     def targets(self, y: np.ndarray, places: np.ndarray) -> np.ndarray:
         """What the layer makes at these places, (groups, rows, out)."""
         if self.op not in CONVOLUTIONS:
-            return self._flat(y)[places][None]
+            return np.asarray(self._flat(y)[places][None])
         flat = y.reshape(y.shape[0], self.group, y.shape[1] // self.group, -1)[..., places]
-        return flat.transpose(1, 0, 3, 2).reshape(self.group, -1, y.shape[1] // self.group)
+        return np.asarray(flat.transpose(1, 0, 3, 2).reshape(self.group, -1, y.shape[1] // self.group))
 
     def out(self, x: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the output for the shapes of an input and of the weight."""

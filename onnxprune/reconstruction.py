@@ -194,15 +194,28 @@ def _fit(proto: ModelProto, seat: Seat, seen: Moments, held: Moments, solve: Sol
     bias = np.zeros((groups, wide)) if given is None else np.asarray(given, np.float64).reshape(groups, wide)
     found = solve(seen, held, matrix, bias, seat.layer.takes_bias)
     _write(tensors[seat.weight], seat.shape.weight(found.matrix, weight))
-    if given is not None:
-        _write(tensors[seat.bias], found.bias.reshape(given.shape).astype(given.dtype))
-    elif seat.layer.takes_bias:
-        name = f"{seat.weight}_bias"
-        proto.graph.initializer.append(numpy_helper.from_array(found.bias.ravel().astype(weight.dtype), name))
-        node = made_by(proto.graph.node)[seat.node.output[0]]
+    if seat.layer.takes_bias:
+        shape, kind = (given.shape, given.dtype) if given is not None else ((found.bias.size,), weight.dtype)
+        give_bias(proto, seat, found.bias.reshape(shape).astype(kind))
+    return found
+
+
+def give_bias(proto: ModelProto, seat: Seat, bias: np.ndarray) -> None:
+    """Write a layer's bias: into its tensor if no other node reads it, else into one of its own."""
+    made = made_by(proto.graph.node)
+    node = made[seat.layer.output if seat.layer.add >= 0 else seat.node.output[0]]
+    readers = sum(list(other.input).count(seat.bias) for other in proto.graph.node) if seat.bias else 0
+    if readers == 1:
+        _write(tensors_of(proto)[seat.bias], bias)
+        return
+    taken = {t.name for t in proto.graph.initializer} | set(made) | {v.name for v in proto.graph.input}
+    name = next(n for i in range(len(taken) + 1) if (n := f"{seat.weight}_bias{i or ''}") not in taken)
+    proto.graph.initializer.append(numpy_helper.from_array(bias, name))
+    if seat.bias:
+        node.input[list(node.input).index(seat.bias)] = name
+    else:
         del node.input[2:]
         node.input.append(name)
-    return found
 
 
 def _write(tensor: TensorProto, array: np.ndarray) -> None:
