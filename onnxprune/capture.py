@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import onnxruntime as ort
@@ -45,13 +45,13 @@ class Tap:
     Raises OnnxPruneError (exit code 4) where onnxruntime does not take or run it.
     """
 
-    def __init__(self, proto: ModelProto, values: Iterable[str]) -> None:
+    def __init__(self, proto: ModelProto, values: Iterable[str], threads: int = 0) -> None:
         values = list(dict.fromkeys(values))
         part = towards(proto, values)
         self._inputs = [v.name for v in part.graph.input]
         self._outputs = [v.name for v in part.graph.output]
         self._given = [name for name in values if name not in self._outputs]
-        self._session: ort.InferenceSession | None = session(as_float32(part), optimize=True, threads=0) if self._outputs else None
+        self._session: ort.InferenceSession | None = session(as_float32(part), optimize=True, threads=threads) if self._outputs else None
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         """{value: array} on one batch; a value that is a graph input is the feed itself."""
@@ -63,10 +63,3 @@ class Tap:
                 raise OnnxPruneError(f"onnxruntime does not run the model on the calibration data ({first_line(error)})") from error
             found |= {k: np.asarray(v) for k, v in zip(self._outputs, outputs, strict=True)}
         return found
-
-
-def watched(protos: Sequence[tuple[ModelProto, Sequence[str]]], batches: Iterable[Arrays]) -> Iterator[list[Mapping[str, np.ndarray]]]:
-    """For each batch the watched values of each model."""
-    taps = [Tap(proto, values) for proto, values in protos]
-    for feeds in batches:
-        yield [tap.run(feeds) for tap in taps]

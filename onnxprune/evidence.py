@@ -28,8 +28,8 @@ class Reading:
     """How one layer reads a group.
 
     features (units, places): the features of each unit; matrix (groups, out, features): the layer's weights; mean and rms (groups,
-    features), covariance (groups, features, features): of what it reads; power: mean of the variance that the layer makes,
-    summed over its outputs.
+    features), covariance (groups, features, features): of what it reads; power: mean square, summed over channels, of what its output goes
+    into: the residual stream behind an Add, else the output itself.
     """
 
     layer: Linear
@@ -84,7 +84,9 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
         wide = shape.matrix(weight).shape
         if readers and wide[2] <= WIDEST:
             layers.append((layer, shape, weight, readers, Moments.zero(wide[0], wide[2], 0)))
-    tap = Tap(model.proto, [layer.source for layer, *_ in layers])
+    goals = [layer.added[0] if layer.added else layer.output for layer, *_ in layers]
+    tap = Tap(model.proto, [*goals, *(layer.source for layer, *_ in layers)])
+    squares, seen = [0.0] * len(layers), [0] * len(layers)
     samples = 0
     total = sum(1 for _ in batches()) if layers else 0
     for number, feeds in enumerate(batches()):
@@ -100,14 +102,17 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
             kernel = weight.shape[2:] if layer.op in CONVOLUTIONS else ()
             found = shape.rows(x, out, kernel, places)
             moments.add(found, np.zeros((*found.shape[:2], 0), np.float32))
+            made = shape.targets(values[goals[position]], places)
+            squares[position] += float(np.einsum("gno,gno->", made, made, dtype=np.float64))
+            seen[position] += made.shape[1]
     readings: dict[int, list[Reading]] = {}
-    for layer, shape, weight, readers, moments in layers:
+    for (layer, shape, weight, readers, moments), square, count in zip(layers, squares, seen, strict=True):
         mean, _ = moments.means()
         second = moments.xx / max(1, moments.count)
         covariance = second - mean[:, :, None] * mean[:, None, :]
         matrix = shape.matrix(weight)
         rms = np.sqrt(np.maximum(np.einsum("gff->gf", second), 0))
-        power = float(np.einsum("gof,gof->", matrix @ covariance, matrix))
+        power = square / max(1, count)
         for owner, places in readers.items():
             readings.setdefault(owner, []).append(Reading(layer, places, matrix, mean, rms, covariance, power))
     return Evidence(model, {g: tuple(r) for g, r in readings.items()}, samples)

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from onnx import NodeProto
@@ -174,7 +175,8 @@ class Geometry:
             shape[1 + axis] = k
             picked.append(np.where(inside, index, 0).reshape(shape))
             valid = valid & inside.reshape(shape)
-        found = x[tuple([slice(None), slice(None), *picked])]  # (n, channels, rows, *kernel)
+        window: tuple[Any, ...] = (slice(None), slice(None), *picked)
+        found = x[window]  # (n, channels, rows, *kernel)
         if not valid.all():
             found = np.where(valid, found, x.dtype.type(0))
         found = found.reshape(size, self.group, channels // self.group, len(places), -1)

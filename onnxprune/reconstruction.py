@@ -193,7 +193,7 @@ def _fit(proto: ModelProto, seat: Seat, seen: Moments, held: Moments, solve: Sol
     given = numpy_helper.to_array(tensors[seat.bias]) if seat.bias else None
     bias = np.zeros((groups, wide)) if given is None else np.asarray(given, np.float64).reshape(groups, wide)
     found = solve(seen, held, matrix, bias, seat.layer.takes_bias)
-    _write(tensors[seat.weight], seat.shape.weight(found.matrix, weight))
+    write(tensors[seat.weight], seat.shape.weight(found.matrix, weight))
     if seat.layer.takes_bias:
         shape, kind = (given.shape, given.dtype) if given is not None else ((found.bias.size,), weight.dtype)
         give_bias(proto, seat, found.bias.reshape(shape).astype(kind))
@@ -206,7 +206,7 @@ def give_bias(proto: ModelProto, seat: Seat, bias: np.ndarray) -> None:
     node = made[seat.layer.output if seat.layer.add >= 0 else seat.node.output[0]]
     readers = sum(list(other.input).count(seat.bias) for other in proto.graph.node) if seat.bias else 0
     if readers == 1:
-        _write(tensors_of(proto)[seat.bias], bias)
+        write(tensors_of(proto)[seat.bias], bias)
         return
     taken = {t.name for t in proto.graph.initializer} | set(made) | {v.name for v in proto.graph.input}
     name = next(n for i in range(len(taken) + 1) if (n := f"{seat.weight}_bias{i or ''}") not in taken)
@@ -218,7 +218,7 @@ def give_bias(proto: ModelProto, seat: Seat, bias: np.ndarray) -> None:
         node.input.append(name)
 
 
-def _write(tensor: TensorProto, array: np.ndarray) -> None:
+def write(tensor: TensorProto, array: np.ndarray) -> None:
     kind, name = tensor.data_type, tensor.name
     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
     tensor.data_type = kind
