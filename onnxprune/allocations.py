@@ -251,6 +251,14 @@ def check_ratio(ratio: float) -> float:
     return ratio
 
 
+def check_allocation(name: str, samples: bool) -> None:
+    """Raises OnnxPruneError where there is no such allocation, or where it is measured on samples and there are none."""
+    if name not in (*names(), "auto"):
+        raise OnnxPruneError(f"no allocation is named '{name}'; there are: {', '.join([*names(), 'auto'])}")
+    if name in (DISTORTION, "auto") and not samples:
+        raise OnnxPruneError(f"--allocation {name} measures on samples; give --calibration (samples, or 'noise')")
+
+
 def check_budget(of: str) -> str:
     known: Sequence[str] = ("macs", "params", "channels")
     if of not in known:
