@@ -15,12 +15,13 @@ import numpy as np
 from onnx import ModelProto
 
 from onnxprune.errors import OnnxPruneError
-from onnxprune.leastsquares import Fit, shrunk
-from onnxprune.moments import Moments
+from onnxprune.leastsquares import reconstructed
+from onnxprune.moments import Observed
 from onnxprune.oneshot import updated
 from onnxprune.plans import Plan
 from onnxprune.reconstruction import Refit, Solve, reconstruct
 from onnxprune.registry import Registry
+from onnxprune.ridge import Fit
 from onnxprune.study import Study
 
 Made = tuple[ModelProto, list[Refit]]
@@ -53,18 +54,18 @@ def moments(study: Study, plan: Plan, pruned: ModelProto) -> Made:
 
 
 @compensation("reconstruct")
-def reconstructed(study: Study, plan: Plan, pruned: ModelProto) -> Made:
+def reconstruction(study: Study, plan: Plan, pruned: ModelProto) -> Made:
     """Least squares towards the original, layer after layer, on what the pruned model makes (`reconstruction`)."""
-    return _sequential(study, plan, pruned, shrunk)
+    return _sequential(study, plan, pruned, reconstructed)
 
 
 def _sequential(study: Study, plan: Plan, pruned: ModelProto, solve: Solve) -> Made:
     return reconstruct(plan, pruned, study.batches, solve, progress=study.progress)
 
 
-def match_moments(seen: Moments, held: Moments, matrix: np.ndarray, bias: np.ndarray, intercept: bool = True) -> Fit:
+def match_moments(observed: Observed, matrix: np.ndarray, bias: np.ndarray, intercept: bool = True) -> Fit:
     """Each output scaled and shifted to the targets' mean and variance; the scale within a factor of 10."""
-    both = seen + held
+    both = observed.seen + observed.held
     n = max(1, both.count)
     x, y = both.means()
     covariance = both.xx / n - x[:, :, None] * x[:, None, :]

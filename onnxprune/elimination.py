@@ -14,7 +14,7 @@ import numpy as np
 
 from onnxprune.evidence import Reading
 
-DAMPING = 1e-3  # of the mean variance of a feature
+DAMPING = 0.1  # of the mean variance of a feature
 STEPS = 128  # that a group is eliminated in at most; larger groups lose several units a step
 
 

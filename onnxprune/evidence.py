@@ -29,7 +29,7 @@ class Reading:
 
     features (units, places): the features of each unit; matrix (groups, out, features): the layer's weights; mean and rms (groups,
     features), covariance (groups, features, features): of what it reads; power: mean square, summed over channels, of what its output goes
-    into: the residual stream behind an Add, else the output itself.
+    into: the residual stream behind an Add, else the output itself, behind an activation if there is one.
     """
 
     layer: Linear
@@ -84,7 +84,7 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
         wide = shape.matrix(weight).shape
         if readers and wide[2] <= WIDEST:
             layers.append((layer, shape, weight, readers, Moments.zero(wide[0], wide[2], 0)))
-    goals = [layer.added[0] if layer.added else layer.output for layer, *_ in layers]
+    goals = [_passed_on(model, layer) for layer, *_ in layers]
     tap = Tap(model.proto, [*goals, *(layer.source for layer, *_ in layers)])
     squares, seen = [0.0] * len(layers), [0] * len(layers)
     samples = 0
@@ -116,3 +116,15 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
         for owner, places in readers.items():
             readings.setdefault(owner, []).append(Reading(layer, places, matrix, mean, rms, covariance, power))
     return Evidence(model, {g: tuple(r) for g, r in readings.items()}, samples)
+
+
+ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "PRelu", "HardSwish", "Gelu", "Elu", "Selu", "Mish", "Softplus", "Sigmoid", "Tanh")
+
+
+def _passed_on(model: Model, layer: Linear) -> str:
+    """The value that carries a layer's output on: behind its residual Add and an activation."""
+    value = layer.added[0] if layer.added else layer.output
+    readers = [node for node in model.nodes if value in node.input]
+    if len(readers) == 1 and readers[0].op_type in ACTIVATIONS and model.shapes.get(readers[0].output[0]) == model.shapes[value]:
+        return str(readers[0].output[0])
+    return value

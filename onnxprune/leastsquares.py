@@ -9,47 +9,13 @@ input; the shrinkage λ is the one with the least error on rows that the fit has
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from onnxprune.moments import Moments
+from onnxprune.moments import Moments, Observed
+from onnxprune.rectified import rectified
+from onnxprune.ridge import Fit, fit
 
 SHRINKAGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-
-
-@dataclass(frozen=True)
-class Fit:
-    """matrix (groups, out, features), bias (groups, out); before, after: share of the targets' variance that is missed."""
-
-    matrix: np.ndarray
-    bias: np.ndarray
-    shrinkage: float
-    before: float
-    after: float
-
-
-def fit(moments: Moments, matrix: np.ndarray, bias: np.ndarray, shrinkage: float, intercept: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """The weights for one shrinkage λ; infinite: only the bias is fitted."""
-    if np.isinf(shrinkage):
-        if not intercept:
-            return matrix, bias
-        x, y = moments.means()
-        return matrix, y - np.einsum("gof,gf->go", matrix, x)
-    n = max(1, moments.count)
-    xx, yx = moments.xx / n, moments.yx / n
-    if intercept:
-        x, y = moments.means()
-        xx = xx - x[:, :, None] * x[:, None, :]
-        yx = yx - y[:, :, None] * x[:, None, :]
-    else:
-        yx = yx - bias[:, :, None] * (moments.x / n)[:, None, :]
-    diagonal = np.einsum("gff->gf", xx)
-    pull = shrinkage * np.maximum(diagonal.mean(axis=1), 1e-30)[:, None, None]
-    solved = np.linalg.solve(xx + pull * np.eye(xx.shape[1]), (yx + pull * matrix).transpose(0, 2, 1)).transpose(0, 2, 1)
-    if intercept:
-        bias = y - np.einsum("gof,gf->go", solved, x)
-    return solved, bias
 
 
 def shrunk(seen: Moments, held: Moments, matrix: np.ndarray, bias: np.ndarray, intercept: bool = True) -> Fit:
@@ -71,3 +37,9 @@ def shrunk(seen: Moments, held: Moments, matrix: np.ndarray, bias: np.ndarray, i
         return Fit(matrix, bias, np.inf, left, left)
     fitted = fit(both, matrix, bias, best, intercept)
     return Fit(*fitted, best, both.error(matrix, bias) / scale, both.error(*fitted) / scale)
+
+
+def reconstructed(observed: Observed, matrix: np.ndarray, bias: np.ndarray, intercept: bool = True) -> Fit:
+    """Least squares, and where an activation with bounds follows, towards what it lets through."""
+    found = shrunk(observed.seen, observed.held, matrix, bias, intercept)
+    return rectified(observed, found, matrix, bias, intercept) if observed.window else found

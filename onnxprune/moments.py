@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -61,3 +61,41 @@ class Moments:
         """Of x and y."""
         n = max(1, self.count)
         return self.x / n, self.y / n
+
+
+ROOM = 2**26  # numbers that are kept of the rows themselves
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some rows of a batch: arrays are rows (groups, n, features), the values wanted and what is beside (groups, n, out)."""
+
+    arrays: tuple[np.ndarray, ...]
+    held: bool
+
+
+@dataclass
+class Observed:
+    """What was seen of one layer: sums over the rows to fit to (`seen`) and over those to choose by (`held`).
+
+    bounds: what an activation behind the layer lets through; then some rows are kept as they are, in `window`.
+    """
+
+    seen: Moments
+    held: Moments
+    bounds: tuple[float, float] | None = None
+    window: list[Window] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], bounds: tuple[float, float] | None = None) -> Observed:
+        """shape: of the layer's matrix, (groups, out, features)."""
+        groups, out, features = shape
+        return cls(Moments.zero(groups, features, out), Moments.zero(groups, features, out), bounds)
+
+    def add(self, rows: np.ndarray, wanted: np.ndarray, beside: np.ndarray, held: bool, batches: int) -> None:
+        """A batch of `batches`: what is wanted less what is beside it is the layer's target."""
+        (self.held if held else self.seen).add(rows, wanted - beside)
+        if self.bounds is not None:
+            most = max(1, ROOM // max(1, batches * rows.shape[0] * (rows.shape[2] + 2 * wanted.shape[2])))
+            kept = slice(0, None, -(-rows.shape[1] // most))
+            self.window.append(Window(tuple(np.ascontiguousarray(a[:, kept], np.float32) for a in (rows, wanted, beside)), held))

@@ -9,12 +9,13 @@ from __future__ import annotations
 import numpy as np
 from onnx import ModelProto, numpy_helper
 
-from onnxprune.elimination import DAMPING
 from onnxprune.evidence import Evidence, Reading
 from onnxprune.linear import CONVOLUTIONS
 from onnxprune.plans import Plan
-from onnxprune.reconstruction import Seat, give_bias, seats, tensors_of, write
 from onnxprune.rewriter import Widths
+from onnxprune.seats import Seat, give_bias, seats, tensors_of, write
+
+DAMPING = 1e-2  # of the mean variance of a feature
 
 
 def updated(plan: Plan, pruned: ModelProto, evidence: Evidence, weights: bool = True) -> ModelProto:
