@@ -18,7 +18,19 @@ from typing import Any
 import numpy as np
 
 from onnxprune.errors import OnnxPruneError
-from onnxprune.images import SUFFIXES, Frame, Preprocess, check_pictures, frame, read_image, read_preprocess, scaled, turn, turned
+from onnxprune.images import (
+    SUFFIXES,
+    Frame,
+    Preprocess,
+    check_channels,
+    check_pictures,
+    frame,
+    read_image,
+    read_preprocess,
+    scaled,
+    turn,
+    turned,
+)
 from onnxprune.importer import Model
 from onnxprune.inputs import Input, Inputs, Layout, Shape, fitted, inputs_of
 from onnxprune.noise import COUNT, Noise
@@ -115,6 +127,8 @@ class Reader:
         views = self.views()
         if not views:
             raise OnnxPruneError(f"{where}: --preprocess is for inputs that hold images; the model takes {self.inputs}")
+        for view in views.values():
+            check_channels(view, self.preprocess, where)
         size = self.preprocess.size
         for name in views.keys() & shapes.keys() if size else ():
             found = shapes[name][-2:] if views[name].first else shapes[name][-3:-1]
@@ -146,7 +160,7 @@ class Reader:
                         " give those, or leave it out where the numbers are the model's already"
                     )
                 pixels = fitted(replace(entry, dtype=np.dtype(np.float32)), array, where)
-                array = scaled(turn(pixels, views[entry.name]), views[entry.name], self.preprocess, where)
+                array = scaled(turn(pixels, views[entry.name]), views[entry.name], self.preprocess)
             found[entry.name] = fitted(entry, array, where)
         extras = {name: array for name, array in arrays.items() if name not in found}
         return Piece(found, extras, layout, where)

@@ -442,6 +442,8 @@ def test_pictures_that_cannot_be_used_are_refused(pictures: Mapping[str, np.ndar
         read_calibration(tmp_path, ROWS, preprocess="unit")
     with refused("layout=nchw"):
         read_calibration(tmp_path, taking("float[N, C, H, W] x"), preprocess="unit,size=4")
+    with refused("2 numbers", "3 channels"):
+        read_calibration(tmp_path, NCHW, preprocess="std=0.5/0.5")
     (tmp_path / "a" / "0.jpg").write_bytes(b"no picture")
     with refused("0.jpg", "not an image"):
         next(read_calibration(tmp_path, NCHW, preprocess="unit").batches(1))

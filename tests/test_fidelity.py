@@ -292,3 +292,23 @@ def test_a_metric_is_weighted_by_samples() -> None:
 
     found = evaluate(two_layers(), two_layers(), {"x": np.ones((5, 4), np.float32)}, batch=4, metric=rows)
     assert found.metric_before == (4 * 4 + 1 * 1) / 5
+
+
+def test_the_command_takes_a_folder_of_images(command: Command, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image", reason="Pillow, of the extra `images`, is not installed")
+    digits = np.load(MODELS / "digits-images.eval.npz")["input"][:20, 0]
+    top = float(digits.max())
+    (tmp_path / "photos").mkdir()
+    for i, digit in enumerate(digits):
+        image.fromarray(np.round(digit / top * 255).astype(np.uint8)).save(tmp_path / "photos" / f"{i:02}.png")
+    resnet = MODELS / "digits-resnet.onnx"
+    spec = f"scale={top / 255}"
+    result = command(resnet, "-r", "0.1", "-o", "o.onnx", "--eval", "photos", "--preprocess", spec, "--json", "-", "--no-verify")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)["evaluation"]
+    before, after = (
+        np.asarray(ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"input": digits[:, None]})[0]).argmax(1)
+        for path in (resnet, tmp_path / "o.onnx")
+    )
+    assert (found["samples"], found["agreement"]) == (20, (before == after).mean())
+    failing(command(resnet, "-r", "0.1", "-o", "o.onnx", "--eval", "photos"), 2, "photos", "--preprocess")
