@@ -18,7 +18,19 @@ from typing import Any
 import numpy as np
 
 from onnxprune.errors import OnnxPruneError
-from onnxprune.images import SUFFIXES, Frame, Preprocess, check_pictures, frame, read_image, read_preprocess, scaled, turn, turned
+from onnxprune.images import (
+    SUFFIXES,
+    Frame,
+    Preprocess,
+    check_channels,
+    check_pictures,
+    frame,
+    read_image,
+    read_preprocess,
+    scaled,
+    turn,
+    turned,
+)
 from onnxprune.importer import Model
 from onnxprune.inputs import Input, Inputs, Layout, Shape, fitted, inputs_of
 from onnxprune.noise import COUNT, Noise
@@ -44,7 +56,7 @@ def read_calibration(
     source: an .npz, or a mapping {input: array}; a folder of .npz and .npy, each of them some samples or one; a folder of images,
     which needs a `preprocess` (see `images.read_preprocess`) unless the model takes integers; `module:function`, or a function,
     that yields such mappings; `none`; or `noise` (256 samples of the program's own).  Names that are no inputs are left alone.
-    A preprocess is applied to arrays too: to those of float inputs that hold images.
+    A preprocess is for pixels: of images, of noise, and of integer arrays for float inputs that hold images.
     limit: the most samples, spread over the source (of a function: the first); deterministic for a seed.
 
     Raises OnnxPruneError where the source is missing, empty, or does not fit the model: at once for names and shapes, for files that
@@ -52,7 +64,7 @@ def read_calibration(
     """
     if limit is not None and limit < 1:
         raise OnnxPruneError(f"the number of samples is {limit}; it is 1 at least")
-    reader = Reader(inputs_of(model), read_preprocess(preprocess))
+    reader = Reader(inputs_of(model.proto), read_preprocess(preprocess))
     found: Source
     if isinstance(source, Mapping):
         name, found = "the samples", _held([reader.piece(source, "the samples")])
@@ -76,7 +88,7 @@ def _named(name: str, model: Model, reader: Reader, limit: int | None, seed: int
     if name == "none":
         return _held([])
     if name == "noise":
-        reader.check_preprocess("noise")
+        reader.check_preprocess(model.input_shapes, "noise")
         return _Made(Noise(model, reader.inputs, reader.preprocess, seed), limit or COUNT)
     if is_function(name):
         return _kept(user_function(name), name, reader, limit)
@@ -87,6 +99,12 @@ def _named(name: str, model: Model, reader: Reader, limit: int | None, seed: int
     if path.suffix.lower() in SUFFIXES:
         raise OnnxPruneError(f"{name}: is one image; give the folder that it is in")
     return _held([reader.piece(_read(path, reader), name)])
+
+
+def samples_of(arrays: Arrays, inputs: Inputs, where: str) -> Samples:
+    """Samples from arrays in memory; raises OnnxPruneError, with `where` they are, if they do not fit."""
+    piece = Reader(inputs, None).piece(arrays, where)
+    return Samples(piece.layout.count, where, inputs.batch, _held([piece]), np.arange(piece.layout.count))
 
 
 @dataclass(frozen=True)
@@ -103,19 +121,27 @@ class Reader:
         found = ((i.name, frame(i, self.preprocess)) for i in self.inputs.all if i.real)
         return {name: view for name, view in found if view is not None}
 
-    def check_preprocess(self, where: str) -> None:
+    def check_preprocess(self, shapes: Mapping[str, Shape], where: str) -> None:
         if self.preprocess is None:
             return
-        if not self.views():
+        views = self.views()
+        if not views:
             raise OnnxPruneError(f"{where}: --preprocess is for inputs that hold images; the model takes {self.inputs}")
-        if self.preprocess.size is not None or self.preprocess.resize != "crop":
-            raise OnnxPruneError(f"{where}: size and resize in --preprocess are for image files; give arrays in the model's size")
+        for view in views.values():
+            check_channels(view, self.preprocess, where)
+        size = self.preprocess.size
+        for name in views.keys() & shapes.keys() if size else ():
+            found = shapes[name][-2:] if views[name].first else shapes[name][-3:-1]
+            if found != size:
+                raise OnnxPruneError(
+                    f"{where}: '{name}' has pictures of {list(found)}, not of the size in --preprocess; arrays stay as they are"
+                )
 
     def layout(self, shapes: Mapping[str, Shape], where: str) -> Layout:
         """How arrays of these shapes make samples; raises OnnxPruneError where they do not fit."""
-        self.check_preprocess(where)
         views = self.views()
         held = {n: turned(s, views[n]) if n in views else s for n, s in shapes.items()}
+        self.check_preprocess(held, where)
         return self.inputs.layout(held, where)
 
     def piece(self, arrays: Arrays, where: str) -> Piece:
@@ -128,11 +154,16 @@ class Reader:
                 continue
             array = arrays[entry.name]
             if entry.name in views and self.preprocess is not None:
+                if array.dtype.kind not in "iu":
+                    raise OnnxPruneError(
+                        f"{where}: '{entry.name}' is {array.dtype}, and --preprocess is for pixels, integers 0 to 255;"
+                        " give those, or leave it out where the numbers are the model's already"
+                    )
                 pixels = fitted(replace(entry, dtype=np.dtype(np.float32)), array, where)
-                array = scaled(turn(pixels, views[entry.name]), views[entry.name], self.preprocess, where)
+                array = scaled(turn(pixels, views[entry.name]), views[entry.name], self.preprocess)
             found[entry.name] = fitted(entry, array, where)
         extras = {name: array for name, array in arrays.items() if name not in found}
-        return Piece(found, extras, layout)
+        return Piece(found, extras, layout, where)
 
 
 def _read(path: Path, reader: Reader) -> Feeds:
@@ -239,7 +270,7 @@ class _Pictures:
     def __call__(self, place: int) -> Piece:
         path = self.paths[place]
         values = read_image(path, self.entry, self.view, self.preprocess)
-        return Piece({self.entry.name: fitted(self.entry, values, str(path))}, {}, Layout({self.entry.name: 0}, 1))
+        return Piece({self.entry.name: fitted(self.entry, values, str(path))}, {}, Layout({self.entry.name: 0}, 1), str(path))
 
 
 @dataclass(frozen=True)
@@ -255,7 +286,7 @@ class _Made:
     def find(self, number: int) -> tuple[Piece, int]:
         feeds = self.noise.feed(number)
         layout = self.noise.inputs.layout({name: array.shape for name, array in feeds.items()}, "noise")
-        return Piece(feeds, {}, layout), 0
+        return Piece(feeds, {}, layout, "noise"), 0
 
 
 def _folder(folder: Path, reader: Reader) -> Source:
@@ -290,9 +321,9 @@ def _kept(function: Callable[[], Any], name: str, reader: Reader, limit: int | N
             if ends[-1] >= (limit or MOST + 1):
                 break
     except OSError as error:
-        raise OnnxPruneError(f"{name}: its samples do not fit on the disk ({error.strerror}); take fewer with --samples") from error
+        raise OnnxPruneError(f"{name}: its samples do not fit on the disk ({error.strerror}); take fewer") from error
     if limit is None and ends[-1] > MOST:
-        raise OnnxPruneError(f"{name}: yields more than {MOST} samples; let it end, or take the first with --samples")
+        raise OnnxPruneError(f"{name}: yields more than {MOST} samples; let it end, or limit them (--samples, for calibration)")
     found = _Pieces(ends[1:], _Files(paths, plain, folder))
     return found if limit is None else _First(found, min(limit, ends[-1]))
 

@@ -17,9 +17,11 @@ from onnxprune.errors import OnnxPruneError
 from onnxprune.options import (
     ALLOW_IO,
     CHOICE,
+    EVALUATION,
     FEEDS,
     JSON,
     MODEL,
+    PREPROCESS,
     QUIET,
     SEED,
     VERBOSE,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from onnxprune.benchmark import Measurement
+    from onnxprune.evaluation import Evaluation
 
 INTERRUPTED = 130
 
@@ -109,7 +112,8 @@ def main() -> None:
     CHOICE,
     FEEDS,
     SEED,
-    click.option("--eval", "evaluation", metavar="FILE.npz", help="Arrays for the inputs and `labels`: accuracy before and after."),
+    EVALUATION,
+    PREPROCESS,
     click.option("--plan-out", metavar="FILE", help="Write the plan too."),
     VERIFY,
     click.option("--provider", default="CPUExecutionProvider", show_default=True, help="onnxruntime provider of the benchmark."),
@@ -124,6 +128,8 @@ def prune(
     feeds: str | None,
     shapes: tuple[str, ...],
     evaluation: str | None,
+    metric: str | None,
+    preprocess: str | None,
     plan_out: str | None,
     provider: str,
     json_path: str | None,
@@ -153,8 +159,8 @@ def prune(
         if extra and extra != "-":
             check_target(extra, source)
     given = read_feeds(feeds)
-    data = read_feeds(evaluation)
     with _progress(quiet) as say:
+        compare = _evaluator(model, evaluation, preprocess, metric, given, read_shapes(shapes), chosen["seed"])
         result = api.prune(
             model,
             ratio,
@@ -165,11 +171,9 @@ def prune(
             **chosen,
         )
         accuracy = None
-        if data is not None:
-            from onnxprune.evaluation import evaluate
-
+        if compare is not None:
             say("evaluating")
-            accuracy = evaluate(result.plan.grouping.model.proto, result.model, data)
+            accuracy = compare(result.plan.grouping.model.proto, result.model)
         say("writing")
         write_model(result.model, target)
         if plan_out:
@@ -199,6 +203,27 @@ def prune(
         )
         return 3
     return 0
+
+
+def _evaluator(
+    model: str, source: str | None, preprocess: str | None, metric: str | None, feeds: Any, shapes: Any, seed: int
+) -> Callable[[Any, Any], Evaluation] | None:
+    """What compares both models on the samples of --eval, which are looked at before any work is done; None without them."""
+    if source is None:
+        for name, value in (("--metric", metric), ("--preprocess", preprocess)):
+            if value is not None:
+                raise OnnxPruneError(f"{name} says how the samples of --eval are used; give --eval too")
+        return None
+    from onnxprune.calibration import read_calibration
+    from onnxprune.evaluation import evaluate
+    from onnxprune.importer import load
+    from onnxprune.userfunctions import user_function
+
+    samples = read_calibration(source, load(model, feeds, shapes), preprocess=preprocess, seed=seed + 1)  # other noise than for calibration
+    if not samples.count:
+        raise OnnxPruneError(f"--eval {source}: has no samples")
+    measure = user_function(metric) if metric else None
+    return lambda original, pruned: evaluate(original, pruned, samples, metric=measure)
 
 
 def _measure(files: list[str], result: Any, feeds: Any, provider: str, say: Callable[[str], None]) -> list[Measurement]:

@@ -1,31 +1,46 @@
-"""Accuracy on labelled arrays, or agreement with the original where there are no labels."""
+"""Accuracy where there are labels, a metric of the user's own, and how near the outputs stay to the original's."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from onnx import ModelProto
 
+from onnxprune.calibration import samples_of
 from onnxprune.errors import OnnxPruneError
-from onnxprune.running import session
+from onnxprune.fidelity import OutputFidelity, Tally, Turn, runs
+from onnxprune.inputs import inputs_of
+from onnxprune.samples import Arrays, Samples
+from onnxprune.userfunctions import said
+
+Metric = Callable[[dict[str, np.ndarray], dict[str, np.ndarray]], Any]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """before and after: shares of right samples (0 to 1); agreement: share on which both models choose the same class."""
+    """before and after: shares of right samples (0 to 1), None without labels.
+
+    agreement: share of samples for which both models choose the same class, None where the first output has no classes.
+    metric_before, metric_after: the user's own metric, None without one.  outputs: how near each output stays.
+    """
 
     samples: int
-    agreement: float
+    agreement: float | None
     before: float | None = None
     after: float | None = None
+    metric_before: float | None = None
+    metric_after: float | None = None
+    outputs: tuple[OutputFidelity, ...] = ()
 
-    def to_json(self) -> dict[str, float | int | None]:
-        return dict(vars(self))
+    def to_json(self) -> dict[str, Any]:
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(self).items()}
+        return plain | {"outputs": [o.to_json() for o in self.outputs]}
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -39,46 +54,76 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise OnnxPruneError(f"{path}: not an .npz of arrays; write it with numpy.savez") from error
 
 
-def evaluate(original: ModelProto, pruned: ModelProto, data: Mapping[str, np.ndarray], batch: int = 64) -> Evaluation:
-    """Top-1 accuracy of both models on `labels` (n,), argmax over the last axis of their first output.
+def evaluate(
+    original: ModelProto, pruned: ModelProto, data: Mapping[str, np.ndarray] | Samples, batch: int = 64, metric: Metric | None = None
+) -> Evaluation:
+    """Both models on samples, or on arrays {input: (n, …)}.
 
-    data: {input name: (n, …)} and, for accuracy, `labels`.  Raises OnnxPruneError where an input is missing.
+    Where there are `labels`, class numbers (n,), top-1 accuracy: the largest number of a sample in the first output, or the number
+    that it is where it is an integer.  metric(outputs, data) -> float gets a batch, `data` holding its feeds and whatever else
+    the source has for it; its mean is over samples.
+
+    Raises OnnxPruneError where there are no samples, they do not fit, the labels are no class numbers, or the metric fails.
     """
-    left, right = session(original, optimize=True), session(pruned, optimize=True)
-    names = [v.name for v in left.get_inputs()]
-    missing = [n for n in names if n not in data]
-    if missing:
-        raise OnnxPruneError(f"the evaluation data has no '{missing[0]}'; it needs {', '.join(names)} and, for accuracy, labels")
-    samples = len(data[names[0]])
-    first = left.get_inputs()[0].shape
-    batch = first[0] if first and isinstance(first[0], int) and first[0] > 0 else batch
-    if not samples:
-        raise OnnxPruneError("the evaluation data has no samples")
-    if samples < batch:
-        batch = samples
-    counted = samples - samples % batch if first and isinstance(first[0], int) else samples
-    one = _choices(left, names, data, batch, counted)
-    other = _choices(right, names, data, batch, counted)
-    agreement = float((one == other).mean())
-    if "labels" not in data:
-        return Evaluation(counted, agreement)
-    labels = np.asarray(data["labels"])
-    if labels.dtype.kind not in "iu" or labels.size != len(labels):
-        raise OnnxPruneError(f"the labels are {labels.dtype} {list(labels.shape)}; they must be one class number a sample")
-    labels = labels.reshape(-1)[:counted]
-    if labels.shape != one.shape:
-        raise OnnxPruneError(f"the evaluation data has {len(labels)} labels for {len(one)} samples; there must be one a sample")
-    return Evaluation(counted, agreement, float((one == labels).mean()), float((other == labels).mean()))
+    samples = data if isinstance(data, Samples) else samples_of(data, inputs_of(original), "the evaluation data")
+    tally, count = Tally(original), 0
+    chosen: list[tuple[np.ndarray, np.ndarray]] = []
+    labels: list[np.ndarray] = []
+    metrics = [0.0, 0.0]
+    for turn in runs([original, pruned], samples, batch):
+        count += turn.count
+        tally.add(turn.outputs[0], turn.outputs[1], turn.count)
+        choices = [_choices(outputs) for outputs in turn.outputs]
+        if choices[0] is not None and choices[1] is not None:
+            chosen.append((choices[0], choices[1]))
+        if "labels" in turn.extras and (metric is None or _numbers(turn.extras["labels"])):
+            labels.append(_labels(turn.extras["labels"], samples.source))
+        for i, outputs in enumerate(turn.outputs):
+            metrics[i] += turn.count * _measured(metric, outputs, turn, samples.source) if metric else 0.0
+    found = Evaluation(count, None, outputs=tally.result().outputs)
+    if metric:
+        found = replace(found, metric_before=metrics[0] / count, metric_after=metrics[1] / count)
+    if not chosen:
+        return found
+    one, other = (np.concatenate(side) for side in zip(*chosen, strict=True))
+    found = replace(found, agreement=float((one == other).mean()))
+    right = np.concatenate(labels) if labels else None
+    if right is None or right.shape != one.shape:
+        return found
+    return replace(found, before=float((one == right).mean()), after=float((other == right).mean()))
 
 
-def _choices(sess: ort.InferenceSession, names: list[str], data: Mapping[str, np.ndarray], batch: int, samples: int) -> np.ndarray:
-    """The class that the model chooses for each sample, (samples,)."""
-    chosen = []
-    for start in range(0, samples, batch):
-        feeds = {n: data[n][start : start + batch] for n in names}
-        try:
-            output = np.asarray(sess.run(None, feeds)[0])
-        except Exception as error:
-            raise OnnxPruneError(f"the evaluation data does not fit the model ({str(error).splitlines()[0][:160]})") from error
-        chosen.append(output if output.ndim == 1 else output.reshape(len(output), -1).argmax(axis=1))
-    return np.concatenate(chosen)
+def _choices(outputs: Arrays) -> np.ndarray | None:
+    """The class that the first output says for each sample, (samples,); None where it says none."""
+    first = next(iter(outputs.values()), None)
+    if first is None or not first.ndim:
+        return None
+    each = first.reshape(len(first), -1)
+    if each.shape[1] > 1:
+        return np.asarray(each.argmax(axis=1))
+    return each[:, 0] if each.shape[1] and first.dtype.kind in "biu" else None
+
+
+def _numbers(labels: np.ndarray) -> bool:
+    return labels.dtype.kind in "iu" and labels.ndim > 0 and labels.size == len(labels)
+
+
+def _labels(labels: np.ndarray, where: str) -> np.ndarray:
+    if not _numbers(labels):
+        shape = list(labels.shape[1:])
+        raise OnnxPruneError(f"{where}: the labels are {labels.dtype} {shape} a sample; they must be one class number, or give a --metric")
+    return labels.reshape(-1)
+
+
+def _measured(metric: Metric, outputs: Arrays, turn: Turn, where: str) -> float:
+    name = getattr(metric, "__name__", "the metric")
+    try:
+        found = metric(dict(outputs), {**turn.extras, **turn.feeds})
+    except Exception as error:
+        raise OnnxPruneError(f"the metric {name} fails on {where} ({said(error)})") from error
+    if not isinstance(found, int | float | np.number) and np.shape(found) != ():
+        raise OnnxPruneError(f"the metric {name} gives a {type(found).__name__}; it must give one number")
+    try:
+        return float(found)
+    except (TypeError, ValueError):
+        raise OnnxPruneError(f"the metric {name} gives a {type(found).__name__}; it must give one number") from None

@@ -174,16 +174,20 @@ def image_input(inputs: Inputs, preprocess: Preprocess | None, where: str) -> tu
     return entries[0], found
 
 
-def scaled(pixels: np.ndarray, view: Frame, preprocess: Preprocess, where: str) -> np.ndarray:
-    """Pixels (…, channels, height, width) or (…, height, width, channels) as the model takes them, float32."""
-    if preprocess.order == "bgr":
-        pixels = np.flip(pixels, axis=-3 if view.first else -1)
-    values = pixels.astype(np.float32) * np.float32(preprocess.scale)
+def check_channels(view: Frame, preprocess: Preprocess, where: str) -> None:
+    """Raises OnnxPruneError where mean and std are for another number of channels."""
     for numbers in (preprocess.mean, preprocess.std):
         if len(numbers) not in (1, view.channels):
             raise OnnxPruneError(
                 f"{where}: --preprocess has {len(numbers)} numbers for mean or std, and the input {view.channels} channels"
             )
+
+
+def scaled(pixels: np.ndarray, view: Frame, preprocess: Preprocess) -> np.ndarray:
+    """Pixels (…, channels, height, width) or (…, height, width, channels) as the model takes them, float32."""
+    if preprocess.order == "bgr":
+        pixels = np.flip(pixels, axis=-3 if view.first else -1)
+    values = pixels.astype(np.float32) * np.float32(preprocess.scale)
     mean, std = (np.asarray(n, np.float32).reshape((-1, 1, 1) if view.first else -1) for n in (preprocess.mean, preprocess.std))
     return np.asarray((values - mean) / std, np.float32)
 
@@ -238,7 +242,7 @@ def read_image(path: str | os.PathLike[str], entry: Input, view: Frame, preproce
     values = np.moveaxis(pixels, -1, -3) if view.first else pixels
     if not entry.real:
         return values
-    return scaled(values, view, preprocess, str(path))
+    return scaled(values, view, preprocess)
 
 
 def _wanted(entry: Input, view: Frame, preprocess: Preprocess, where: str | os.PathLike[str]) -> tuple[int, int]:
@@ -263,5 +267,6 @@ def check_pictures(folder: os.PathLike[str], inputs: Inputs, preprocess: Preproc
     if not entry.real and (chosen.scale, chosen.mean, chosen.std) != (1.0, (0.0,), (1.0,)):
         raise OnnxPruneError(f"--preprocess: '{entry.name}' takes {entry.dtype}: plain pixels, without scale, mean and std")
     check_pillow()
+    check_channels(view, chosen, str(folder))
     _wanted(entry, view, chosen, folder)
     return entry, view, chosen

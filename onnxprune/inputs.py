@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import ValueInfoProto, helper
+from onnx import ModelProto, ValueInfoProto, helper
 
 from onnxprune.errors import OnnxPruneError
-from onnxprune.importer import Model
 
 Dims = tuple[int | str, ...]
 Shape = tuple[int, ...]
@@ -115,13 +114,14 @@ class Inputs:
             raise OnnxPruneError(f"{where}: '{entry.name}' has the shape {list(shape)}; the model takes {entry}")
 
 
-def inputs_of(model: Model) -> Inputs:
+def inputs_of(proto: ModelProto) -> Inputs:
     """The inputs of a model; raises OnnxPruneError where one takes no numbers.
 
     Samples are counted by the first open axis 0 among the inputs, and by the axis of that symbol in the others (the middle one of
     a recurrent state); where no axis 0 is open, by axis 0 of the first input and of those with the same size.
     """
-    entries = tuple(_input(value, value.name in model.tensors) for value in model.proto.graph.input)
+    defaults = {t.name for t in proto.graph.initializer}
+    entries = tuple(_input(value, value.name in defaults) for value in proto.graph.input)
     ranked = [e for e in entries if e.dims and not e.optional]
     open_first = [e for e in entries if e.dims is None or (e.dims and isinstance(e.dims[0], str))]
     axes: dict[str, int] = {}

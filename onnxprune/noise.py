@@ -54,7 +54,7 @@ class Noise:
         if real and self.preprocess is None:
             return values
         pixels = np.clip(_PIXEL[0] + _PIXEL[1] * values, 0, 255)
-        return scaled(pixels, view, self.preprocess, "noise") if real and self.preprocess else pixels
+        return scaled(pixels, view, self.preprocess) if real and self.preprocess else pixels
 
     def _rows(self, name: str) -> int:
         """How many rows the smallest table has that an integer input indexes directly; 0 where it indexes none."""

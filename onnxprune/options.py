@@ -64,6 +64,30 @@ CHOICE = options(
 )
 
 
+CALIBRATION = options(
+    click.option(
+        "--calibration",
+        metavar="SOURCE",
+        help="Samples without labels: an .npz, a folder of arrays or images, module:function, noise, or none.",
+    ),
+    click.option("--samples", type=click.IntRange(1), help="Take so many of them, spread over the source."),
+)
+PREPROCESS = click.option(
+    "--preprocess",
+    metavar="SPEC",
+    help="What pixels of images and integer arrays become: imagenet, tf, unit, raw, or such as scale=1/255,mean=0.5,std=0.5.",
+)
+EVALUATION = options(
+    click.option(
+        "--eval",
+        "evaluation",
+        metavar="SOURCE",
+        help="Samples to compare both models on, as for --calibration; with `labels` in them accuracy before and after.",
+    ),
+    click.option("--metric", metavar="MODULE:FUNCTION", help="Your own metric on them: function(outputs, data) -> float."),
+)
+
+
 def read_feeds(path: str | None) -> dict[str, np.ndarray] | None:
     if path is None:
         return None

@@ -140,6 +140,16 @@ def hint_alignment(console: Console, measured: Sequence[Measurement], result: Re
 
 
 def show_evaluation(console: Console, found: Evaluation) -> None:
+    """Accuracy and the user's metric where there are such, then how near each output stays to the original's."""
     if found.before is not None and found.after is not None:
         console.print(f"accuracy on {found.samples} samples: {found.before:.2%} → [bold]{found.after:.2%}[/]")
-    console.print(f"same class as the original: {found.agreement:.2%} of {found.samples} samples")
+    if found.metric_before is not None and found.metric_after is not None:
+        console.print(f"metric on {found.samples} samples: {found.metric_before:.4g} → [bold]{found.metric_after:.4g}[/]")
+    if found.agreement is not None:
+        console.print(f"same class as the original: {found.agreement:.2%} of {found.samples} samples")
+    table = _table(("output", "left"), *((title, "right") for title in ("cosine", "SQNR", "KL", "same top-1")))
+    for output in found.outputs:
+        row = ((output.cosine, "{:.4f}"), (output.sqnr, "{:.1f} dB"), (output.kl, "{:.3g}"), (output.agreement, "{:.2%}"))
+        table.add_row(escape(output.output), *("–" if value is None else form.format(value) for value, form in row))
+    if table.row_count:
+        console.print(table)

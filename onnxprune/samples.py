@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
+from onnxprune.errors import OnnxPruneError
 from onnxprune.inputs import Layout
 
 Arrays = Mapping[str, np.ndarray]
@@ -16,11 +17,12 @@ Feeds = dict[str, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Arrays that belong together, of one sample or of many; extras: what is there besides the inputs, such as `labels`."""
+    """Arrays that belong together, of one sample or of many; extras: what is there besides the inputs, such as `labels`; where: it is."""
 
     arrays: Arrays
     extras: Arrays
     layout: Layout
+    where: str
 
     def sample(self, number: int) -> Feeds:
         """One sample: 1 along the axis that counts; the arrays as they are where none does."""
@@ -36,11 +38,20 @@ class Piece:
         return found
 
     def beside(self, number: int) -> Feeds:
-        """The extras of one sample, 1 along axis 0; whole arrays where the sample is the whole piece."""
+        """The extras of one sample, 1 along axis 0; whole arrays where the sample is the whole piece.
+
+        Arrays with another number of samples are left out; raises OnnxPruneError where that is the `labels`.
+        """
         if not self.layout.axes:
             return dict(self.extras)
         if self.layout.bare:
             return {name: array[None] for name, array in self.extras.items()}
+        labels = self.extras.get("labels")
+        if labels is not None and labels.shape[:1] != (self.layout.count,):
+            shape = list(labels.shape)
+            raise OnnxPruneError(
+                f"{self.where}: has labels of the shape {shape} for {self.layout.count} samples; there must be one a sample"
+            )
         return {n: a[number : number + 1] for n, a in self.extras.items() if a.shape[:1] == (self.layout.count,)}
 
 
@@ -68,22 +79,30 @@ class Samples:
 
     def batches(self, size: int) -> Iterator[Feeds]:
         """{input: array (size, …)}, the last of them smaller; of the model's own size where that is fixed, a rest left out."""
-        return (feeds for feeds, _ in self.pairs(size))
+        return (feeds for feeds, _, _ in self._joined(size, lambda piece, place: {}))
 
     def pairs(self, size: int) -> Iterator[tuple[Feeds, Feeds]]:
         """The same, each beside what the source holds for these samples that is no input, such as `labels`."""
-        for waiting, axes in self._groups(self.at_once or max(size, 1)):
+        return ((feeds, extras) for feeds, extras, _ in self._joined(size, Piece.beside))
+
+    def counted(self, size: int) -> Iterator[tuple[Feeds, Feeds, int]]:
+        """The same again, with the number of samples."""
+        return self._joined(size, Piece.beside)
+
+    def _joined(self, size: int, beside: Callable[[Piece, int], Feeds]) -> Iterator[tuple[Feeds, Feeds, int]]:
+        for waiting, axes in self._groups(self.at_once or max(size, 1), beside):
             first = waiting[0][0]
             feeds = {n: np.concatenate([s[n] for s, _ in waiting], axes[n]) if n in axes else first[n] for n in first}
-            yield feeds, {n: np.concatenate([s[n] for _, s in waiting]) if axes else a for n, a in waiting[0][1].items()}
+            extras = {n: np.concatenate([s[n] for _, s in waiting]) if axes else a for n, a in waiting[0][1].items()}
+            yield feeds, extras, len(waiting)
 
-    def _groups(self, size: int) -> Iterator[tuple[list[tuple[Feeds, Feeds]], Mapping[str, int]]]:
+    def _groups(self, size: int, beside: Callable[[Piece, int], Feeds]) -> Iterator[tuple[list[tuple[Feeds, Feeds]], Mapping[str, int]]]:
         """Samples that go into one batch, with the axes that count them ({}: one that is fed as it is)."""
         waiting: list[tuple[Feeds, Feeds]] = []
         axes: Mapping[str, int] = {}
         for number in self._chosen:
             piece, place = self._source.find(int(number))
-            sample = piece.sample(place), piece.beside(place)
+            sample = piece.sample(place), beside(piece, place)
             if waiting and (axes != piece.layout.axes or not _alike(waiting[0], sample, axes)):
                 if self.at_once is None:
                     yield waiting, axes

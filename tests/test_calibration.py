@@ -442,6 +442,8 @@ def test_pictures_that_cannot_be_used_are_refused(pictures: Mapping[str, np.ndar
         read_calibration(tmp_path, ROWS, preprocess="unit")
     with refused("layout=nchw"):
         read_calibration(tmp_path, taking("float[N, C, H, W] x"), preprocess="unit,size=4")
+    with refused("2 numbers", "3 channels"):
+        read_calibration(tmp_path, NCHW, preprocess="std=0.5/0.5")
     (tmp_path / "a" / "0.jpg").write_bytes(b"no picture")
     with refused("0.jpg", "not an image"):
         next(read_calibration(tmp_path, NCHW, preprocess="unit").batches(1))
@@ -462,8 +464,11 @@ def test_arrays_of_pixels_take_the_preprocess_and_the_models_layout() -> None:
     pixels = RNG.integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
     found = gathered(read_calibration({"x": pixels}, NCHW, preprocess="tf"), "x")
     assert np.allclose(found, pixels.transpose(0, 3, 1, 2) / 127.5 - 1, atol=1e-6)
-    with refused("for image files"):
-        read_calibration({"x": pixels}, NCHW, preprocess="tf,size=4x6")
+    assert np.array_equal(gathered(read_calibration({"x": pixels}, NCHW, preprocess="tf,size=4x6"), "x"), found)
+    with refused(r"pictures of \[4, 6\]", "size"):
+        read_calibration({"x": pixels}, NCHW, preprocess="tf,size=8")
+    with refused("float32", "for pixels"):
+        read_calibration({"x": pixels.astype(np.float32)}, NCHW, preprocess="tf")
     with refused("inputs that hold images"):
         read_calibration(counted(2), ROWS, preprocess="tf")
 
