@@ -20,6 +20,7 @@ from onnxprune.cost import Cuts, counter
 from onnxprune.depth import Blocks, at_granularity, check_granularity, mixed
 from onnxprune.equivalence import influences
 from onnxprune.errors import OnnxPruneError, ProofError
+from onnxprune.fidelity import Fidelity, fidelity
 from onnxprune.grouping import Grouping, group, without
 from onnxprune.importer import Model, load
 from onnxprune.moves import Moves
@@ -27,7 +28,7 @@ from onnxprune.plans import Plan, match, read_plan
 from onnxprune.reconstruction import Refit
 from onnxprune.rewriter import rewrite
 from onnxprune.scoping import may_go
-from onnxprune.selection import AUTO, Losses, Scores, best_of, candidates, check_criterion, losses_of, scored
+from onnxprune.selection import Losses, Scores, check_criterion, in_steps, select
 from onnxprune.study import Study
 from onnxprune.verification import check_model, compare, prove_surgery
 
@@ -36,6 +37,7 @@ Arrays = Mapping[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
 Progress = Callable[[str], None]
 Calibration = str | os.PathLike[str] | Arrays | Callable[[], Any]
+FEW = 256  # samples on which the result is compared with the original
 ROUNDS = 4  # of planning without the groups whose removal fails the proof
 
 
@@ -43,7 +45,8 @@ ROUNDS = 4  # of planning without the groups whose removal fails the proof
 class Result:
     """A pruned model, the plan that made it, its proof (None without verification), and its costs before and after.
 
-    refits: the layers that compensation fitted anew.
+    refits: the layers that compensation fitted anew; fidelity: how near the outputs on calibration samples stay to the original's,
+    without compensation and with it.
     macs, parameters: (before, after); reached: share of the budget that went; on_budget: within a point of what was asked.
     """
 
@@ -55,6 +58,7 @@ class Result:
     reached: float
     on_budget: bool
     refits: tuple[Refit, ...] = field(default=(), repr=False)
+    fidelity: tuple[Fidelity, Fidelity] | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -65,6 +69,7 @@ class Result:
             "options": dict(self.plan.options),
             "proof": self.proof.to_json() if self.proof else None,
             "refits": [vars(refit) for refit in self.refits],
+            "fidelity": [found.to_json() for found in self.fidelity] if self.fidelity else None,
         }
 
 
@@ -103,6 +108,7 @@ def prune(
     preprocess: str | None = None,
     samples: int | None = None,
     compensation: str | None = None,
+    steps: int = 1,
     scope: Sequence[str] = (),
     exclude: Sequence[str] = (),
     layer_ratios: Mapping[str, float] | None = None,
@@ -122,7 +128,8 @@ def prune(
     branches go by how much the outputs change without them, for what they cost (`random`: by chance).
     calibration: samples for what looks at activations (see `read_calibration`, whose `preprocess` and limit of `samples` these are):
     with them the defaults are criterion `obs`, allocation `distortion` and compensation `reconstruct`, without them `l2`,
-    `uniform` and `none`; `auto` for criterion or allocation takes what changes the outputs least.
+    `uniform` and `none`; `auto` for criterion or allocation takes what changes the outputs least.  steps: rounds in which units
+    are chosen, each on what the round before left and fitted.
     scope, exclude, layer_ratios: globs over node and tensor names.  min_keep: units (or, below 1, the share) that every
     group keeps, residual branches apart.  Groups that the inputs do
     not exercise stay whole.  align: kept units are a multiple of it.  Deterministic for a seed.
@@ -144,6 +151,8 @@ def prune(
     check_compensation(compensation, given)
     if min_keep < 0:
         raise OnnxPruneError(f"min-keep is {min_keep}; it is a share below 1 or a number of units, 0 at least")
+    if steps < 1:
+        raise OnnxPruneError(f"steps is {steps}; it is a number of rounds, 1 at least")
     if align < 1:
         raise OnnxPruneError(f"align is {align}; it is a number of units, 1 at least")
     loaded = _load(model, feeds, input_shapes, progress)
@@ -162,15 +171,13 @@ def prune(
     _say(progress, f"scoring {len(chosen)} groups")
     study = Study(grouping, data, progress) if data is not None and data.count else None
     limits = Limits(min_keep, align)
-    if study is not None and AUTO in (criterion, allocation):
 
-        def attempt(scores: Scores, rule: str, losses: Losses) -> Choice:
-            return _choice(None, grouping, scores, {}, ratio, of, rule, limits, shares, losses)
+    def widths(scores: Scores, rule: str, losses: Losses, share: float) -> Choice:
+        return _choice(None, grouping, scores, {}, ratio * share, of, rule, limits, shares, losses)
 
-        criterion, allocation, scores, losses = best_of(study, grouping, chosen, seed, attempt, candidates(criterion, allocation))
-    else:
-        scores = scored(grouping, chosen, criterion, seed, study)
-        losses = losses_of(grouping, scores, allocation, study)
+    selection = select(grouping, chosen, criterion, allocation, seed, study, widths)
+    selection = in_steps(selection, grouping, seed, study, compensation, widths, steps)
+    scores = selection.scores
     branches = [g for g in grouping.groups if g.id in chosen and g.branch is not None]
     lost: dict[int, float] = {}
     if branches:
@@ -184,10 +191,11 @@ def prune(
         "ratio": ratio,
         "of": of,
         "granularity": granularity,
-        "criterion": criterion,
-        "allocation": allocation,
+        "criterion": selection.criterion,
+        "allocation": selection.allocation,
         "calibration": data.source if data is not None else None,
         "compensation": compensation,
+        "steps": steps,
         "scope": list(scope),
         "exclude": list(exclude),
         "layer_ratios": dict(layer_ratios or {}),
@@ -199,7 +207,7 @@ def prune(
     }
     failure: ProofError | None = None
     for _ in range(ROUNDS):
-        choice = _choice(bench, grouping, scores, lost, ratio, of, allocation, limits, shares, losses)
+        choice = _choice(bench, grouping, scores, lost, ratio, of, selection.allocation, limits, shares, selection.losses)
         if not choice.remove:
             break
         made = Plan(grouping, choice.remove, options, choice.reached)
@@ -380,7 +388,10 @@ def _compensated(result: Result, study: Study | None, name: str, bench: Bench | 
     model, refits = compensations.get(name)(replace(study, grouping=result.plan.grouping), result.plan, result.model)
     if bench is not None:
         check_model(bench, model, Moves(result.plan.grouping, after=result.plan.remove))
-    return replace(result, model=model, refits=tuple(refits))
+    _say(study.progress, "comparing with the original")
+    original = result.plan.grouping.model.proto
+    found = fidelity(original, [result.model, model], study.part(FEW))
+    return replace(result, model=model, refits=tuple(refits), fidelity=(found[0], found[1]))
 
 
 def _finish(made: Plan, proof: Proof | None, bench: Bench | None, on_budget: bool, progress: Progress | None) -> Result:

@@ -16,6 +16,7 @@ from onnxprune import __version__
 from onnxprune.errors import OnnxPruneError
 from onnxprune.options import (
     ALLOW_IO,
+    CALIBRATION,
     CHOICE,
     EVALUATION,
     FEEDS,
@@ -110,6 +111,7 @@ def main() -> None:
 @options(
     click.option("--output", "-o", metavar="FILE", help="The pruned model; MODEL-pruned.onnx if not given."),
     CHOICE,
+    CALIBRATION,
     FEEDS,
     SEED,
     EVALUATION,
@@ -160,6 +162,8 @@ def prune(
             check_target(extra, source)
     given = read_feeds(feeds)
     with _progress(quiet) as say:
+        if preprocess is not None and evaluation is None and chosen["calibration"] is None:
+            raise OnnxPruneError("--preprocess says how the samples of --calibration and --eval are used; give one of them")
         compare = _evaluator(model, evaluation, preprocess, metric, given, read_shapes(shapes), chosen["seed"])
         result = api.prune(
             model,
@@ -167,6 +171,7 @@ def prune(
             feeds=given,
             input_shapes=read_shapes(shapes),
             layer_ratios=read_ratios(layer_ratios),
+            preprocess=preprocess if chosen["calibration"] is not None else None,
             progress=say,
             **chosen,
         )
@@ -192,6 +197,8 @@ def prune(
         if verbose:
             report.show_places(console, result.plan.grouping)
         report.show_proof(console, result.proof)
+        if result.fidelity:
+            report.show_compensation(console, result)
         if accuracy:
             report.show_evaluation(console, accuracy)
         if measured:
@@ -210,9 +217,8 @@ def _evaluator(
 ) -> Callable[[Any, Any], Evaluation] | None:
     """What compares both models on the samples of --eval, which are looked at before any work is done; None without them."""
     if source is None:
-        for name, value in (("--metric", metric), ("--preprocess", preprocess)):
-            if value is not None:
-                raise OnnxPruneError(f"{name} says how the samples of --eval are used; give --eval too")
+        if metric is not None:
+            raise OnnxPruneError("--metric says how the samples of --eval are used; give --eval too")
         return None
     from onnxprune.calibration import read_calibration
     from onnxprune.evaluation import evaluate
@@ -308,7 +314,16 @@ def groups(
 
 @main.command()
 @MODEL
-@options(click.option("--output", "-o", metavar="FILE", required=True, help="The plan, as JSON."), CHOICE, FEEDS, SEED, VERIFY, QUIET)
+@options(
+    click.option("--output", "-o", metavar="FILE", required=True, help="The plan, as JSON."),
+    CHOICE,
+    CALIBRATION,
+    PREPROCESS,
+    FEEDS,
+    SEED,
+    VERIFY,
+    QUIET,
+)
 def plan(
     model: str,
     output: str,

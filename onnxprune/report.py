@@ -139,6 +139,27 @@ def hint_alignment(console: Console, measured: Sequence[Measurement], result: Re
         )
 
 
+def show_compensation(console: Console, result: Result) -> None:
+    """How near the outputs are on calibration samples, before compensation and after."""
+    if result.fidelity is None:
+        return
+    before, after = result.fidelity
+    fitted = f", {len(result.refits)} layers fitted" if result.refits else ""
+    console.print(f"compensation: {result.plan.options.get('compensation')}{fitted}; on {after.samples} calibration samples:")
+    table = _table(("output", "left"), *((title, "right") for title in ("cosine", "SQNR", "KL", "same top-1")))
+    for old, new in zip(before.outputs, after.outputs, strict=True):
+        pairs = (
+            (old.cosine, new.cosine, "{:.4f}"),
+            (old.sqnr, new.sqnr, "{:.1f} dB"),
+            (old.kl, new.kl, "{:.3g}"),
+            (old.agreement, new.agreement, "{:.1%}"),
+        )
+        row = ["–" if a is None or b is None else f"{form.format(a)} → [bold]{form.format(b)}[/]" for a, b, form in pairs]
+        table.add_row(escape(new.output), *row)
+    if table.row_count:
+        console.print(table)
+
+
 def show_evaluation(console: Console, found: Evaluation) -> None:
     """Accuracy and the user's metric where there are such, then how near each output stays to the original's."""
     if found.before is not None and found.after is not None:

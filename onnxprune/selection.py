@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from onnxprune.allocations import DISTORTION, Choice
+from onnxprune.compensation import compensation
 from onnxprune.criteria import criterion as criteria
 from onnxprune.equivalence import distortion
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Grouping
-from onnxprune.oneshot import updated
 from onnxprune.plans import Plan
+from onnxprune.reconstruction import reconstruct
 from onnxprune.rewriter import rewrite
+from onnxprune.rounds import put_back
 from onnxprune.saliency import measured
 from onnxprune.sensitivity import curves, outputs_of
 from onnxprune.study import Study
 
 AUTO = "auto"
 CANDIDATES = (("obs", DISTORTION), ("obs", "global"), ("fluctuation", "standardized"), ("l2", "uniform"))
+FITTED = 256  # samples to which candidates are fitted
 Scores = dict[int, np.ndarray]
 Losses = Mapping[int, np.ndarray] | None
 
@@ -32,12 +36,6 @@ def check_criterion(name: str, samples: bool) -> None:
     elif name not in criteria.names():
         known = sorted({*criteria.names(), *measured.names(), AUTO})
         raise OnnxPruneError(f"no criterion is named '{name}'; there are: {', '.join(known)}")
-
-
-def candidates(criterion: str, allocation: str) -> list[tuple[str, str]]:
-    """What is tried where one of the two is `auto`."""
-    pairs = [(criterion if criterion != AUTO else c, allocation if allocation != AUTO else a) for c, a in CANDIDATES]
-    return list(dict.fromkeys(pairs))
 
 
 def scored(grouping: Grouping, ids: Collection[int], name: str, seed: int, study: Study | None) -> Scores:
@@ -57,26 +55,78 @@ def losses_of(grouping: Grouping, scores: Mapping[int, np.ndarray], allocation: 
     return curves(grouping, study.evidence, scores, study.few(), progress=study.progress)
 
 
-Choose = Callable[[Scores, str, Losses], Choice]
+@dataclass(frozen=True)
+class Selection:
+    """How units were scored and losses measured, and by which criterion and allocation."""
+
+    criterion: str
+    allocation: str
+    scores: Scores
+    losses: Losses
 
 
-def best_of(
-    study: Study, grouping: Grouping, ids: Collection[int], seed: int, choose: Choose, tries: Sequence[tuple[str, str]] = CANDIDATES
-) -> tuple[str, str, Scores, Losses]:
-    """The criterion and allocation whose pruning changes the outputs least on samples, each with its readers updated in one shot."""
-    feeds = study.few(256)
-    before = outputs_of(grouping.model.proto, feeds)
-    found: list[tuple[float, tuple[str, str, Scores, Losses]]] = []
-    for criterion, allocation in tries:
-        scores = scored(grouping, ids, criterion, seed, study)
-        lost = losses_of(grouping, scores, allocation, study)
-        choice = choose(scores, allocation, lost)
-        try:
-            pruned = updated(Plan(grouping, choice.remove), rewrite(grouping, choice.remove), study.evidence)
-            change = distortion(before, outputs_of(pruned, feeds))
-        except OnnxPruneError:
-            change = float("inf")
-        found.append((change, (criterion, allocation, scores, lost)))
-        if study.progress:
-            study.progress(f"{criterion} by {allocation}: outputs change by {change:.3g} of their variance")
-    return min(found, key=lambda pair: pair[0])[1]
+Choose = Callable[[Scores, str, Losses, float], Choice]
+
+
+def select(
+    grouping: Grouping, ids: Collection[int], criterion: str, allocation: str, seed: int, study: Study | None, choose: Choose
+) -> Selection:
+    """Scores and losses of the groups; where one of the two names is `auto`, those of the pair that serves the model best.
+
+    choose: from scores, allocation, losses and the share of the budget that is to go already, which units go.
+    """
+    tried = []
+    for one, rule in _pairs(criterion, allocation):
+        scores = scored(grouping, ids, one, seed, study)
+        found = Selection(one, rule, scores, losses_of(grouping, scores, rule, study))
+        tried.append(found)
+    if len(tried) == 1 or study is None:
+        return tried[0]
+    changes = [_change(study, grouping, choose(found.scores, found.allocation, found.losses, 1.0)) for found in tried]
+    if study.progress:
+        for attempt, change in zip(tried, changes, strict=True):
+            study.progress(f"{attempt.criterion} by {attempt.allocation}: outputs change by {change:.3g} of their variance")
+    return tried[int(np.argmin(changes))]
+
+
+def _pairs(criterion: str, allocation: str) -> list[tuple[str, str]]:
+    """What is tried where one of the two is `auto`."""
+    if AUTO not in (criterion, allocation):
+        return [(criterion, allocation)]
+    pairs = [(criterion if criterion != AUTO else c, allocation if allocation != AUTO else a) for c, a in CANDIDATES]
+    return list(dict.fromkeys(pairs))
+
+
+def _change(study: Study, grouping: Grouping, choice: Choice) -> float:
+    """How much the outputs change on samples that the fit has not seen, when the model is pruned so and its layers fitted anew."""
+    part, held = study.samples.split(0.8)
+    part = part if part.count <= FITTED else part.split(FITTED / part.count)[0]
+    feeds = list(held.batches(study.batch))
+    plan = Plan(grouping, choice.remove)
+    try:
+        pruned, _ = reconstruct(plan, rewrite(grouping, choice.remove), lambda: part.batches(study.batch), progress=study.progress)
+        return distortion(outputs_of(grouping.model.proto, feeds), outputs_of(pruned, feeds))
+    except OnnxPruneError:
+        return float("inf")
+
+
+def in_steps(
+    selection: Selection, grouping: Grouping, seed: int, study: Study | None, compensate: str, choose: Choose, steps: int
+) -> Selection:
+    """The selection made again `steps` times, each on what is left when a larger part of the budget has gone and was compensated."""
+    for step in range(1, steps):
+        choice = choose(selection.scores, selection.allocation, selection.losses, step / steps)
+        plan = Plan(grouping, choice.remove)
+        pruned = rewrite(grouping, choice.remove)
+        if study is not None:
+            if study.progress:
+                study.progress(f"step {step} of {steps}")
+            pruned, _ = compensation.get(compensate)(study, plan, pruned)
+        left = put_back(plan, pruned)
+        again = Study(left, study.samples, study.progress) if study is not None else None
+        scores = scored(left, selection.scores, selection.criterion, seed, again)
+        for group, units in choice.remove.items():
+            if group in scores:
+                scores[group][units] = min(0.0, float(scores[group].min())) - 1.0  # what is gone goes first
+        selection = Selection(selection.criterion, selection.allocation, scores, losses_of(left, scores, selection.allocation, again))
+    return selection

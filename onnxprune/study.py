@@ -33,11 +33,14 @@ class Study:
     def batches(self) -> Iterator[Arrays]:
         return self.samples.batches(self.batch)
 
-    def few(self, most: int = 128) -> list[Arrays]:
-        """Feeds of at most so many samples, spread over all."""
+    def part(self, most: int) -> Samples:
+        """At most so many samples, spread over all."""
         count = self.samples.count
-        part = self.samples if count <= most else self.samples.split(1 - most / count)[1]
-        return list(part.batches(self.batch))
+        return self.samples if count <= most else self.samples.split(1 - most / count)[1]
+
+    def few(self, most: int = 128) -> list[Arrays]:
+        """Feeds of at most so many samples."""
+        return list(self.part(most).batches(self.batch))
 
     @cached_property
     def evidence(self) -> Evidence:
