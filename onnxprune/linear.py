@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from onnxprune.folding import attributes
 from onnxprune.importer import FLOATS, Model
@@ -94,7 +94,7 @@ def _linear(model: Model, index: int, node: NodeProto) -> Linear | None:
     if node.op_type == "ConvTranspose" and ("output_shape" in given or given.get("auto_pad", "NOTSET") != "NOTSET"):
         return None
     bias = node.input[2] if len(node.input) > 2 and node.op_type != "MatMul" else ""
-    if bias and (bias not in model.tensors or math.prod(model.tensors[bias].dims) != model.shapes[node.output[0]][1]):
+    if bias and (bias not in model.tensors or not _one_a_channel(model.tensors[bias], model.shapes[node.output[0]][1])):
         return None
     return Linear(index, node.op_type, source, weight, bias, node.output[0])
 
@@ -109,9 +109,14 @@ def _with_bias(model: Model, layer: Linear, reader: int) -> Linear:
     width = model.shapes[layer.output][-1]
     if tensor is None or tensor.data_type not in FLOATS or other in model.copies:
         return layer
-    if list(tensor.dims) != [1] * (len(tensor.dims) - 1) + [width] or add.output[0] not in model.shapes:
+    if not _one_a_channel(tensor, width) or add.output[0] not in model.shapes:
         return layer
     return Linear(layer.node, layer.op, layer.source, layer.weight, other, add.output[0], reader)
+
+
+def _one_a_channel(bias: TensorProto, width: int) -> bool:
+    """Whether a tensor holds a number for each place of the last axis, and nothing else."""
+    return list(bias.dims) == [1] * (len(bias.dims) - 1) + [width]
 
 
 @dataclass(frozen=True)
