@@ -61,7 +61,7 @@ class _Finder:
 
     def _place(self, node: NodeProto) -> None:
         for position, name in enumerate(node.input):
-            axis = _outward(node, position)
+            axis = outward(node, position)
             if name in self.model.tensors and axis is not None:
                 self.outward[name] = axis % max(1, len(self.model.tensors[name].dims))
         reads, outs = self.liveness.inputs(node), [out for out in node.output if out]
@@ -165,7 +165,7 @@ class _Finder:
         return known.get(inputs[0]) if op in _KEEPS_ZERO and inputs else None
 
 
-def _outward(node: NodeProto, position: int) -> int | None:
+def outward(node: NodeProto, position: int) -> int | None:
     """The axis of a layer's weight at this input along which its outputs lie."""
     if node.op_type in ("Conv", "ConvTranspose") and position == 1:
         return 0 if node.op_type == "Conv" else 1
