@@ -468,7 +468,7 @@ def test_the_torch_example_gives_the_module_that_the_pruned_model_is(
     x = torch.randn(2, 3, 4, 4)
     torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=False, input_names=["x"])
     torch.save({"epoch": 3, "state_dict": model.state_dict()}, tmp_path / "model.pt")
-    assert command("model.onnx", "-r", "0.4", "-o", "smaller.onnx", "--plan-out", "plan.json", "-q").returncode == 0
+    assert command("model.onnx", "-r", "0.4", "--of", "channels", "-o", "smaller.onnx", "--plan-out", "plan.json", "-q").returncode == 0
     result = command("export-plan", "model.onnx", "plan.json", "--state-dict", "model.pt", "-o", "kept.json")
     assert result.returncode == 0, result.stderr
     monkeypatch.chdir(tmp_path)
@@ -558,18 +558,18 @@ def test_the_keras_example_gives_a_model_with_the_weights_that_stay(
     keras = pytest.importorskip("keras", reason="keras is not installed")
     proto, state = keras_like()
     layers = keras.layers
-    net = keras.Sequential(
-        [
-            keras.Input((8, 8, 3)),
-            layers.Conv2D(12, 3, name="conv2d"),
-            layers.BatchNormalization(name="batch_normalization"),
-            layers.ReLU(),
-            layers.DepthwiseConv2D(3, name="depthwise_conv2d"),
-            layers.Flatten(),
-            layers.Dense(20, activation="relu", name="dense"),
-            layers.Dense(4, name="dense_1"),
-        ]
-    )
+    x = inputs = keras.Input((8, 8, 3))
+    for layer in (
+        layers.Conv2D(12, 3, name="conv2d"),
+        layers.BatchNormalization(name="batch_normalization"),
+        layers.ReLU(),
+        layers.DepthwiseConv2D(3, name="depthwise_conv2d"),
+        layers.Flatten(),
+        layers.Dense(20, activation="relu", name="dense"),
+        layers.Dense(4, name="dense_1"),
+    ):
+        x = layer(x)
+    net = keras.Model(inputs, x)
     for weight in net.weights:
         weight.assign(state[weight.path])
     onnx.save(proto, tmp_path / "model.onnx")
