@@ -10,6 +10,7 @@ from onnxprune.alignments import Link, elements, fitting, whole
 
 Masks = tuple[np.ndarray | None, ...]
 BLOCKS = (1, 2, 3, 4)  # a whole in a larger tensor; key and value; query, key and value; the gates of an LSTM
+PARTS = 16  # at most, of a tensor: two directions, two biases, four gates
 
 
 def assembled(
@@ -41,9 +42,9 @@ def _found(block: np.ndarray, tensors: Mapping[str, np.ndarray], masks: Callable
     if block.size < 2 or np.all(block == block.flat[0]):
         return
     for name, tensor in tensors.items():
-        if tensor.size < block.size or tensor.size % block.size or tensor.dtype.kind not in "fV":
+        parts, rest = divmod(tensor.size, block.size)
+        if rest or not 1 <= parts <= PARTS or tensor.dtype.kind not in "fV":
             continue
-        parts = tensor.size // block.size
         # the directions and gates of a recurrent layer are two axes of one weight, or three of its biases
         flat = tensor if parts == 1 else tensor.reshape((-1, tensor.shape[-1])[: 1 if block.ndim == 1 else 2])
         for axis in range(flat.ndim):

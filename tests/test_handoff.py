@@ -204,6 +204,25 @@ def test_biases_of_zeros_that_the_exporter_merged_follow_their_layers() -> None:
     assert kept.parameters["one.bias"].keep[0].tolist() != kept.parameters["two.bias"].keep[0].tolist()
 
 
+def test_a_norm_that_was_written_as_a_product_and_a_sum() -> None:
+    model, rng = two_layers(hidden=8), np.random.default_rng(3)
+    norm = random_norm(8, rng)
+    scale = norm["weight"] / np.sqrt(norm["running_var"] + np.float32(1e-3))
+    model.graph.node[1].CopyFrom(helper.make_node("Mul", ["h", "scale"], ["s"]))
+    model.graph.node.insert(2, helper.make_node("Add", ["s", "b1"], ["b"]))
+    model.graph.initializer.append(numpy_helper.from_array(scale, "scale"))
+    model = with_tensors(model, {"b1": norm["bias"] - norm["running_mean"] * scale})
+    plan = onnxprune.plan(model, 0.4, verify=False)
+    state = {"fc.weight": tensors(model)["w1"].T, **{f"bn.{k}": v for k, v in norm.items()}, "out.weight": tensors(model)["w2"].T}
+    kept = onnxprune.keep_indices(model, plan, state)
+    assert kept.complete
+    cut = onnxprune.slice_state(state, kept)
+    pruned = tensors(onnxprune.apply(model, plan).model)
+    assert len(pruned["scale"]) < 8
+    np.testing.assert_array_equal(cut["bn.weight"] / np.sqrt(cut["bn.running_var"] + np.float32(1e-3)), pruned["scale"])
+    np.testing.assert_array_equal(cut["bn.bias"] - cut["bn.running_mean"] * pruned["scale"], pruned["b1"])
+
+
 def test_gates_of_an_lstm_in_another_order() -> None:
     """torch's (input, forget, cell, output) is ONNX's (input, output, forget, cell); its two biases are one tensor there."""
     rng, hidden, inputs = np.random.default_rng(0), 12, 5
@@ -330,6 +349,18 @@ def test_names_decide_between_equal_parameters() -> None:
     kept = onnxprune.keep_indices(model, plan, own)
     assert kept.complete
     same(onnxprune.apply(model, plan).model, onnxprune.slice_state(own, kept))
+
+
+def test_a_symmetric_weight_is_not_guessed_to_lie_one_way() -> None:
+    model = two_layers(hidden=4)
+    own = tensors(model)
+    own["w1"] = (own["w1"] + own["w1"].T).astype(np.float32)
+    model = with_tensors(model, own)
+    plan = onnxprune.plan(model, 0.3, of="channels", verify=False)
+    anonymous = {"a": own["w1"], "b": own["b1"], "c": own["w2"]}
+    kept = onnxprune.keep_indices(model, plan, anonymous)
+    assert kept.unmatched == (("a", "it fits 'w1' with the axes in several orders"),)
+    assert onnxprune.keep_indices(model, plan, own).complete  # under its own name it lies as it does there
 
 
 def test_norms_that_fit_by_no_epsilon_are_not_guessed() -> None:
