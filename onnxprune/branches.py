@@ -29,7 +29,7 @@ _KEEPS_ZERO = {
     *("com.microsoft:FastGelu", "com.microsoft:Gelu", "com.microsoft:QuickGelu"),
 }
 _SUMS = {"Add", "Concat", "Mean", "Sub", "Sum"}  # zero where all of their inputs are
-_NORMS = {"BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization"}
+NORMS = {"BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization"}
 _BIASED = {"Conv", "ConvTranspose", "Gemm"}
 
 
@@ -152,7 +152,7 @@ class _Finder:
                 if name in known and not others.intersection(known[name]):  # a weight over its own norm is not zero
                     return known[name]
             return None
-        if op in _NORMS and len(node.output) == 1 and not attributes(node).get("training_mode"):
+        if op in NORMS and len(node.output) == 1 and not attributes(node).get("training_mode"):
             affine = every(inputs[1:3])
             return (every(inputs[:1]) or {}) | affine if affine else None
         if op == "DequantizeLinear":

@@ -13,7 +13,7 @@ import numpy as np
 from onnx import NodeProto
 
 from onnxprune.alignments import Link, fitting, kept, scaled
-from onnxprune.branches import outward
+from onnxprune.branches import NORMS, outward
 from onnxprune.importer import FLOATS, Model
 from onnxprune.parameters import bias_of, modules, norm_roles, same_names, tokens
 from onnxprune.pieces import assembled
@@ -167,13 +167,14 @@ class Correspondence:
         left = set(self.open())
         for position, names in enumerate(self.modules.values()):
             own = [name for name in names if name in left and self.state[name].ndim == 1]
-            if not own or not left.intersection(names):
+            if not own:
                 continue
             vector = [name for name in names if self.state[name].ndim == 1 and self.state[name].size > 1]
             fits = [one for one in (*self.scales, *loose) if any(self._fits(roles, one) for roles in norm_roles(vector))]
             before = order[position - 1] if position else None
             near = [one for one in fits if one.parameter is not None and tokens(one.parameter)[:-1] == before]
-            near = [one for one in near if one.axis == self._out(one.tensor)] or near  # one number for all channels is one on any axis
+            near = [one for one in near if one.axis == self._out(one.tensor)] or near
+            fits = [one for one in fits if _telling(one.scale)] or near
             for name in own:
                 self._settle(name, [Link(one.tensor, axis=one.axis) for one in fits], "norm") or self._settle(
                     name, [Link(one.tensor, axis=one.axis) for one in near], "norm"
@@ -257,8 +258,9 @@ class Correspondence:
         for position, names in enumerate(order):
             for name in (n for n in names if n in set(self.open())):
                 nodes = self._nodes(n for n in names if n in self.places)
-                if not nodes and position:
-                    nodes = [r for node in self._nodes(order[position - 1]) for out in node.output for r, _ in self.readers.get(out, ())]
+                if not nodes and position:  # a norm whose vectors are all ones and zeros, right behind the layer before
+                    behind = [r for node in self._nodes(order[position - 1]) for out in node.output for r, _ in self.readers.get(out, ())]
+                    nodes = [node for node in behind if node.op_type in NORMS]
                 slots = [self.alias.get(x, x) for node in nodes for x in (*node.input, *self._behind(node, ("Add", "Mul", "Sub")))]
                 links = [link for t in dict.fromkeys(slots) if t in self.arrays for link in fitting(t, self.state[name], self.arrays[t])]
                 if self._settle(name, links, "structure"):
@@ -312,6 +314,11 @@ def _equal(one: Masks, other: Masks) -> bool:
 def _uniform(array: np.ndarray) -> bool:
     flat = array.reshape(-1)
     return bool(flat[0] == flat[-1] and np.all(flat == flat[0]))
+
+
+def _telling(scale: np.ndarray) -> bool:
+    """Whether a scale tells layers apart: norms that were never trained all give one number, up to rounding."""
+    return bool(np.nanmax(scale) - np.nanmin(scale) > NORM * np.nanmax(np.abs(scale)))
 
 
 def _moments(array: np.ndarray) -> np.ndarray:

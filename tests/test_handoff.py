@@ -372,6 +372,55 @@ def test_norms_that_fit_by_no_epsilon_are_not_guessed() -> None:
     assert f"{stem}.conv.weight" in kept.parameters
 
 
+@pytest.mark.parametrize("first", ["norm", "convolution"])
+def test_a_norm_that_was_never_trained_is_placed_by_its_neighbours_alone(first: str) -> None:
+    """A norm of ones and zeros fits every layer into which such a norm was folded, and this one was not folded at all."""
+    text = """
+        <ir_version: 8, opset_import: ["": 17]>
+        untrained (float[1, 3, 6, 6] x) => (float[1, 4, 6, 6] y) {
+            s = Conv(x, w1)
+            n = BatchNormalization(s, ones, zeros, zeros, ones)
+            r = Relu(n)
+            m = Conv(r, between)
+            q = Relu(m)
+            c = Conv(q, w2, b2)
+            d = Relu(c)
+            y = Conv(d, w3)
+        }"""
+    model, rng = onnx.parser.parse_model(text), np.random.default_rng(0)
+    fresh = {"weight": np.ones(8), "bias": np.zeros(8), "running_mean": np.zeros(8), "running_var": np.ones(8)}
+    norm = {leaf: array.astype(np.float32) for leaf, array in fresh.items()}
+    w1, w2, w3 = (rng.standard_normal(shape).astype(np.float32) for shape in ((8, 3, 1, 1), (8, 6, 1, 1), (4, 8, 1, 1)))
+    between = rng.standard_normal((6, 8, 1, 1)).astype(np.float32)
+    w1[2] *= 0.01  # the units that go are not the same in both layers
+    w2[5] *= 0.01
+    folded = fold(w2, norm)
+    own = {
+        "w1": w1,
+        "between": between,
+        "w2": folded["weight"],
+        "b2": folded["bias"],
+        "w3": w3,
+        "ones": np.ones(8, np.float32),
+        "zeros": np.zeros(8, np.float32),
+    }
+    model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in own.items())
+    plan = onnxprune.plan(model, 0.15, of="channels", verify=False)
+    early = {f"norm1.{leaf}": array for leaf, array in norm.items()}
+    state = {"conv1.weight": w1, **early} if first == "convolution" else {**early, "conv1.weight": w1}
+    kept = onnxprune.keep_indices(
+        model,
+        plan,
+        {**state, "between.weight": between, "conv2.weight": w2, **{f"norm2.{k}": v for k, v in norm.items()}, "conv3.weight": w3},
+    )
+    assert {name for name, _ in kept.unmatched} == (set() if first == "convolution" else set(early))
+    for number in (1, 2) if first == "convolution" else (2,):
+        for leaf in norm:
+            rows = kept.parameters[f"conv{number}.weight"].keep[0].tolist()
+            assert kept.parameters[f"norm{number}.{leaf}"].keep[0].tolist() == rows
+    assert kept.parameters["conv1.weight"].keep[0].tolist() != kept.parameters["conv2.weight"].keep[0].tolist()
+
+
 def test_a_norm_whose_shift_does_not_fit_the_bias_is_not_matched() -> None:
     model, state, stems = unfolded(onnx.load(MODELS / "digits-mobilenet.onnx"))
     stem = list(stems.values())[2]
