@@ -389,6 +389,8 @@ def export_plan(model: str, plan: str, output: str, checkpoint: str | None, feed
 
     \b
     onnxprune export-plan model.onnx plan.json --state-dict model.safetensors -o kept.json
+
+    Exit code 3: it is written, and something in it is unmatched; docs/fine-tuning.md shows how to use it.
     """
     from onnxprune.checkpoints import read_checkpoint
     from onnxprune.handoff import keep_indices
