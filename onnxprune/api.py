@@ -279,6 +279,32 @@ def verify(
     return proof
 
 
+def planned(
+    model: Source,
+    plan: Plan | str | os.PathLike[str] | Mapping[str, Any],
+    feeds: Arrays | None = None,
+    input_shapes: Shapes | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """A plan on the model it was made for, or on a fine-tuned sister.
+
+    Raises OnnxPruneError (exit code 2) where the plan does not fit the model.
+    """
+    content = plan.to_json() if isinstance(plan, Plan) else read_plan(plan)
+    options = content.get("options") or {}
+    sizes = {k: tuple(v) for k, v in (options.get("input_shapes") or {}).items()}
+    try:
+        loaded = _load(model, feeds, input_shapes or ({} if feeds else sizes), progress)
+    except OnnxPruneError:
+        if feeds or input_shapes or not sizes:
+            raise
+        loaded = _load(model, None, None, progress)  # the plan's shapes do not fit: `match` says what else does not
+    found = group(loaded, options.get("allow_io") or ())
+    if any(entry["units"] == 1 and entry.get("remove") for entry in content["groups"]):
+        found = with_branches(found)
+    return match(found, content)
+
+
 def _apply(
     model: Source,
     plan: Plan | str | os.PathLike[str] | Mapping[str, Any],
@@ -288,26 +314,16 @@ def _apply(
     seed: int,
     progress: Progress | None,
 ) -> tuple[Result, Bench | None]:
-    content = plan.to_json() if isinstance(plan, Plan) else read_plan(plan)
-    options = content.get("options") or {}
-    planned = {k: tuple(v) for k, v in (options.get("input_shapes") or {}).items()}
-    try:
-        loaded = _load(model, feeds, input_shapes or ({} if feeds else planned), progress)
-    except OnnxPruneError:
-        if feeds or input_shapes or not planned:
-            raise
-        loaded = _load(model, None, None, progress)  # the plan's shapes do not fit: `match` says what else does not
-    found = group(loaded, options.get("allow_io") or ())
-    if any(entry["units"] == 1 and entry.get("remove") for entry in content["groups"]):
-        found = with_branches(found)
-    made = match(found, content)
+    made = planned(model, plan, feeds, input_shapes, progress)
     proof, bench = None, None
     if verify:
         grouping, proof, bench = _certified(made.grouping, feeds, seed, True, progress)
         lost = [i for i in made.remove if proof and i in proof.frozen]
         if lost and proof:
             tensor = next(g.members[0].tensor for g in made.groups if g.id == lost[0])
-            raise OnnxPruneError(f"{loaded.name}: group {lost[0]} ('{tensor}') of the plan fails its proof: {proof.frozen[lost[0]]}", 4)
+            raise OnnxPruneError(
+                f"{made.grouping.model.name}: group {lost[0]} ('{tensor}') of the plan fails its proof: {proof.frozen[lost[0]]}", 4
+            )
         made = replace(made, grouping=grouping)
     return _finish(made, proof, bench, True, progress), bench
 
