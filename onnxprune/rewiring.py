@@ -78,19 +78,23 @@ def with_inputs(proto: ModelProto, values: Mapping[Use, np.ndarray]) -> Rewired:
             biases[product] = helper.make_node("Add", [product, name], [use.node], name=name)
             node.output[0] = product
         else:
+            for attribute in node.attribute:
+                if attribute.name == "beta":  # of Gemm
+                    attribute.f = 1.0
             node.input.extend([""] * (position + 1 - len(node.input)))
             node.input[position] = name
     apart = []
     for tensor, uses in wanted.items():
         kinds: list[tuple[np.ndarray, list[Use]]] = []
+        old = tensors[tensor]
         for use in uses:
-            same = next((group for array, group in kinds if np.array_equal(array, values[use])), None)
+            array = values[use].astype(helper.tensor_dtype_to_np_dtype(old.data_type))
+            same = next((group for other, group in kinds if np.array_equal(other, array)), None)
             if same is None:
-                kinds.append((values[use], [use]))
+                kinds.append((array, [use]))
             else:
                 same.append(use)
         others = reads[tensor] > len(uses)
-        old = tensors[tensor]
         if others and all(_kept(old, array) for array, _ in kinds):
             continue
         apart += [tensor] if others or len(kinds) > 1 else []
@@ -126,7 +130,7 @@ def _weights(node: NodeProto, nodes: Mapping[str, NodeProto]) -> list[str]:
 
 
 def _kept(tensor: TensorProto, array: np.ndarray) -> bool:
-    return np.array_equal(numpy_helper.to_array(tensor).astype(np.float64), array)
+    return np.array_equal(numpy_helper.to_array(tensor), array)
 
 
 def _tensor(array: np.ndarray, name: str, kind: int) -> TensorProto:

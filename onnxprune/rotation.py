@@ -20,15 +20,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxprune.certificate import Bench, prepare
 from onnxprune.errors import OnnxPruneError
 from onnxprune.folding import attributes
 from onnxprune.grouping import Grouping
 from onnxprune.importer import Model
+from onnxprune.moves import Moves
 from onnxprune.rewiring import BIAS, Rewired, Use, with_inputs
-from onnxprune.running import Arrays, Runner, distance
+from onnxprune.running import MOST, Arrays, Runner, distance, jittered
+from onnxprune.trunk_layers import LAYERS
 from onnxprune.trunk_rules import RULES
 from onnxprune.trunks import NotRotatableError, Signal, Trunk, channels, trunk
 
@@ -125,7 +127,7 @@ def rotate(
     for group in grouping.groups:
         if group.branch is None and (chosen is None or group.id in chosen):
             try:
-                trunks.append(trunk(grouping, group, where.get(group.leaves[0], {}), RULES))
+                trunks.append(trunk(grouping, group, where.get(group.leaves[0], {}), RULES | LAYERS))
             except NotRotatableError as reason:
                 skipped[group.id] = str(reason)
     if not trunks:
@@ -150,18 +152,30 @@ def rotate(
             gap = float("inf")
         return made, gap
 
+    tolerance = max(bench.tolerance, min(MOST, 5 * _halves(bench, grouping, trunks)))
     kept = list(trunks)
     best, gap = turned(kept)
-    if not gap <= bench.tolerance:
+    if not gap <= tolerance:
         kept, best = [], Rewired(model.proto)
         for one in trunks:
             tried, gap = turned([*kept, one])
-            if gap <= bench.tolerance:
+            if gap <= tolerance:
                 kept, best = [*kept, one], tried
             else:
                 skipped[one.group.id] = f"turning it moves the outputs by {gap:.2g} standard deviations"
     scores = {one.group.id: bases[one.group.id][1] for one in kept}
     return Rotated(best.model, scores, skipped, best.apart, tuple(kept), best.renamed)
+
+
+def _halves(bench: Bench, grouping: Grouping, trunks: Sequence[Trunk]) -> float:
+    """How far the outputs move where weights of half precision are rounded anew, once."""
+    model, found = grouping.model, 0.0
+    for kind, units in ((TensorProto.FLOAT16, 2.0**-11 / 6e-8), (TensorProto.BFLOAT16, 2.0**-8 / 6e-8)):
+        names = {m.tensor for one in trunks for m in one.group.members if model.tensors[m.tensor].data_type == kind}
+        if names:
+            arrays = jittered({name: model.array(name) for name in names}, np.random.default_rng(0), units)
+            found = max(found, bench.gap(arrays, Moves(grouping)))
+    return found
 
 
 def _references(bench: Bench) -> list[tuple[Arrays, Arrays]]:
@@ -258,14 +272,17 @@ def _turn(model: Model, one: Trunk, rotation: np.ndarray, current: dict[Use, np.
     nodes = {node.output[0]: node for node in model.main}
 
     def get(use: Use) -> np.ndarray | None:
+        if use in one.bases and use not in current:
+            return one.bases[use]
         if use not in current:
             node = nodes[use.node]
             name = node.input[use.position] if 0 <= use.position < len(node.input) else ""
             if not name:
                 return None
             return model.array(model.copies.get(name, name)).astype(np.float64)
-        return current[use]
+        return current[use].astype(np.float64)
 
+    doubles = any(tensor.data_type == TensorProto.DOUBLE for tensor in model.tensors.values())
     for shift in one.shifts:
         weight = get(shift.weight)
         if weight is None:
@@ -278,15 +295,18 @@ def _turn(model: Model, one: Trunk, rotation: np.ndarray, current: dict[Use, np.
             summed = np.expand_dims(summed, shift.axis)
         before = get(shift.bias)
         current[shift.bias] = summed if before is None else before + summed
-    for place, scale in one.scales.items():
-        array = get(place.use)
-        if array is not None:
-            current[place.use] = np.moveaxis(np.moveaxis(array, place.axis, -1) * scale, -1, place.axis)
-    for place in one.places:
-        array = get(place.use)
-        if array is not None:
-            current[place.use] = np.moveaxis(np.moveaxis(array, place.axis, -1) @ rotation, -1, place.axis)
-    for use, number in one.fills.items():
+    uses = dict.fromkeys((*(place.use for place in (*one.scales, *one.places)), *one.fills))
+    for use in uses:  # one after the other, as doubles take room
         array = get(use)
-        if array is not None:
-            current[use] = np.full(array.shape, number)
+        if array is None:
+            continue
+        if use in one.fills:
+            current[use] = np.full(array.shape, one.fills[use])
+            continue
+        for place, scale in one.scales.items():
+            if place.use == use:
+                array = np.moveaxis(np.moveaxis(array, place.axis, -1) * scale, -1, place.axis)
+        for place in one.places:
+            if place.use == use:
+                array = np.moveaxis(np.moveaxis(array, place.axis, -1) @ rotation, -1, place.axis)
+        current[use] = array if doubles else array.astype(np.float32)

@@ -1,4 +1,4 @@
-"""What each operator does to a residual stream that is turned: layers read and write it, norms keep its length, sums add it up."""
+"""What happens to a residual stream between the layers when it is turned: norms keep its length, sums add it up."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from onnx import NodeProto
 
 from onnxprune.folding import attributes
-from onnxprune.rewiring import BIAS, Use
-from onnxprune.trunks import MOVES, NotRotatableError, Place, Rule, Shift, Stream, Walk, alike, said
+from onnxprune.rewiring import Use
+from onnxprune.trunks import MOVES, NotRotatableError, Place, Rule, Stream, Walk, alike, said
 
 RULES: dict[str, Rule] = {}
 
@@ -36,14 +36,14 @@ def _attributes(walk: Walk, node: NodeProto, names: str, position: int) -> list[
     return None
 
 
-def _same(walk: Walk, node: NodeProto, stream: Stream) -> None:
+def same(walk: Walk, node: NodeProto, stream: Stream) -> None:
     """The outputs are what the input is, wherever the channels are now."""
     for name in node.output:
         if name:
             walk.streams[name] = replace(stream, axis=walk.axis(name))
 
 
-def _number(walk: Walk, name: str) -> float | None:
+def one_number(walk: Walk, name: str) -> float | None:
     """A constant of one number."""
     found = walk.model.folded.get(name)
     if found is None or found.dynamic.any() or found.number.size != 1 or found.from_shape:
@@ -54,14 +54,14 @@ def _number(walk: Walk, name: str) -> float | None:
 # moves along other axes
 
 
-@_rule(*MOVES, "Gather", "Neg")
+@_rule(*MOVES, "Gather", "GatherND", "Neg")
 def moved(walk: Walk, node: NodeProto) -> None:
     stream = walk.stream(node.input[0], node)
     if not walk.carries(node.input[0]) or any(walk.carries(name) for name in node.input[1:] if name):
         raise NotRotatableError(f"{said(node)} is not linear in its channels")
     if node.op_type == "Neg" and not stream.plain:
         raise NotRotatableError(f"{said(node)} changes what a norm made")
-    _same(walk, node, stream)
+    same(walk, node, stream)
 
 
 @_rule("AveragePool", "Pad", "Resize")
@@ -71,10 +71,10 @@ def pooled(walk: Walk, node: NodeProto) -> None:
     if stream.shift is not None or stream.square:
         raise NotRotatableError(f"{said(node)} changes what a norm made")
     if node.op_type == "Pad":
-        value = attributes(node).get("value", 0.0) if len(node.input) < 3 or not node.input[2] else _number(walk, node.input[2])
+        value = attributes(node).get("value", 0.0) if len(node.input) < 3 or not node.input[2] else one_number(walk, node.input[2])
         if value != 0.0:
             raise NotRotatableError(f"{said(node)} pads it with other than zeros")
-    _same(walk, node, stream)
+    same(walk, node, stream)
 
 
 @_rule("Concat")
@@ -83,7 +83,7 @@ def joined(walk: Walk, node: NodeProto) -> None:
     streams = [walk.stream(name, node) for name in node.input]
     if not all(stream.plain for stream in streams):
         raise NotRotatableError(f"{said(node)} joins what a norm made with something else")
-    _same(walk, node, _sum(streams))
+    same(walk, node, _sum(streams))
 
 
 def _sum(streams: list[Stream]) -> Stream:
@@ -102,9 +102,9 @@ def masked(walk: Walk, node: NodeProto) -> None:
     if not all(stream.plain for stream in inside):
         raise NotRotatableError(f"{said(node)} masks what a norm made")
     for name in choices:
-        if not walk.carries(name) and _number(walk, name) != 0.0:
+        if not walk.carries(name) and one_number(walk, name) != 0.0:
             walk.found.centred = True
-    _same(walk, node, replace(_sum(inside), writers=None))
+    same(walk, node, replace(_sum(inside), writers=None))
 
 
 # sums and products
@@ -118,7 +118,7 @@ def added(walk: Walk, node: NodeProto) -> None:
     streams = {name: walk.stream(name, node) for name in inside if name not in walk.constants or name in walk.lengths}
     shifted = [stream for stream in streams.values() if not stream.plain]
     for name in outside:
-        if _number(walk, name) != 0.0:
+        if one_number(walk, name) != 0.0:
             if shifted:
                 raise NotRotatableError(f"{said(node)} shifts what a norm made")
             walk.found.centred = True
@@ -134,10 +134,10 @@ def added(walk: Walk, node: NodeProto) -> None:
                 shift += sign * walk.vector(name, Use(node.output[0], position), 0.0)[0]
             elif (own := streams[name].shift) is not None:
                 shift += sign * own
-        _same(walk, node, replace(first, shift=shift))
+        same(walk, node, replace(first, shift=shift))
         return
     total = _sum([walk.stream(name, node) for name in inside])
-    _same(walk, node, replace(total, writers=None) if outside else total)
+    same(walk, node, replace(total, writers=None) if outside else total)
 
 
 @_rule("Mul", "Div")
@@ -160,11 +160,11 @@ def multiplied(walk: Walk, node: NodeProto) -> None:
         stream = replace(stream, norm=norm, writers=None)
     if not walk.carries(other):
         if stream.shift is not None:
-            number = _number(walk, other)
+            number = one_number(walk, other)
             if number is None:
                 raise NotRotatableError(f"{said(node)} scales what a norm made by data")
             stream = replace(stream, shift=stream.shift * number if node.op_type == "Mul" else stream.shift / number)
-        _same(walk, node, stream)
+        same(walk, node, stream)
         return
     if other not in walk.constants:
         raise NotRotatableError(f"{said(node)} multiplies its channels by data")
@@ -180,16 +180,16 @@ def multiplied(walk: Walk, node: NodeProto) -> None:
     else:
         shift = None if stream.shift is None else stream.shift * vector
         stream = replace(stream, scale=vector if stream.scale is None else stream.scale * vector, shift=shift, writers=None)
-    _same(walk, node, stream)
+    same(walk, node, stream)
 
 
 @_rule("Pow")
 def squared(walk: Walk, node: NodeProto) -> None:
     stream = walk.stream(node.input[0], node)
-    if not stream.plain or (node.op_type == "Pow" and (walk.carries(node.input[1]) or _number(walk, node.input[1]) != 2.0)):
+    if not stream.plain or (node.op_type == "Pow" and (walk.carries(node.input[1]) or one_number(walk, node.input[1]) != 2.0)):
         raise NotRotatableError(f"{said(node)} is not linear in its channels")
     walk.signal(node.input[0], stream)
-    _same(walk, node, Stream(stream.axis, square=True))
+    same(walk, node, Stream(stream.axis, square=True))
 
 
 # statistics and norms
@@ -267,154 +267,22 @@ def skip_normalized(walk: Walk, node: NodeProto) -> None:
         walk.signal(node.output[0], made)
 
 
-# layers
-
-
-@_rule("MatMul")
-def matmul(walk: Walk, node: NodeProto) -> None:
-    ranks = [len(walk.model.shapes[name]) for name in node.input]
-    inner, outer = (ranks[0] - 1, max(ranks[1] - 2, 0)), (max(ranks[0] - 2, 0), ranks[1] - 1)
-    if min(ranks) < 2:
-        raise NotRotatableError(f"{said(node)} multiplies a vector")
-    weights = [i for i, name in enumerate(node.input) if walk.carries(name) and name in walk.constants]
-    if not weights:
-        data = [i for i, name in enumerate(node.input) if walk.carries(name)]
-        stream = walk.stream(node.input[data[0]], node)
-        if len(data) != 1 or stream.axis == inner[data[0]]:
-            raise NotRotatableError(f"{said(node)} multiplies its channels by data")
-        if stream.shift is not None or stream.square:
-            raise NotRotatableError(f"{said(node)} mixes what a norm made over another axis")
-        _same(walk, node, replace(stream, writers=None))
-        return
-    if len(weights) != 1:
-        raise NotRotatableError(f"{said(node)} multiplies two constants")
-    at = weights[0]
-    _layer(walk, node, 1 - at, at, inner, inner[at], outer[at], _added_bias(walk, node))
-
-
-def _added_bias(walk: Walk, node: NodeProto) -> Use:
-    """The constant that the one reader of a product adds to it, if that is all it does."""
-    out = node.output[0]
-    plain = len(walk.model.shapes[node.input[1]]) == 2 and node.input[1] in walk.constants
-    readers = [n for n in walk.model.main if out in n.input]
-    if walk.live.reads[out] == 1 and len(readers) == 1 and readers[0].op_type == "Add" and plain:
-        at = 1 - list(readers[0].input).index(out)
-        bias = readers[0].input[at]
-        shape, whole = walk.model.shapes[bias], walk.model.shapes[out]
-        if bias in walk.model.tensors and bias in walk.constants and shape[-1:] == whole[-1:] and len(shape) <= len(whole):
-            return Use(readers[0].output[0], at)
-    return Use(out, BIAS)
-
-
-@_rule("Gemm")
-def gemm(walk: Walk, node: NodeProto) -> None:
-    given = attributes(node)
-    flip = [int(bool(given.get("transA"))), int(bool(given.get("transB")))]
-    inner, outer = (1 - flip[0], flip[1]), (flip[0], 1 - flip[1])
-    weights = [i for i in (0, 1) if walk.carries(node.input[i]) and node.input[i] in walk.constants]
-    has = len(node.input) > 2 and bool(node.input[2])
-    bias = Use(node.output[0], 2 if has else BIAS)
-    if weights != [1]:
-        raise NotRotatableError(f"{said(node)} has no constant weight")
-    factor = given.get("alpha", 1.0) / (given.get("beta", 1.0) if has else 1.0)
-    _layer(walk, node, 0, 1, inner, inner[1], outer[1], bias, factor)
-    _bias(walk, node, 2)
-
-
-@_rule("Conv", "ConvTranspose")
-def convolved(walk: Walk, node: NodeProto) -> None:
-    """A layer at every pixel, whatever its kernel; where it pads or overlaps, no bias stands for a constant that it reads."""
-    given, (x, w) = attributes(node), node.input[:2]
-    inner, outer = (1, 0) if node.op_type == "Conv" else (0, 1)
-    if given.get("group", 1) != 1:
-        raise NotRotatableError(f"{said(node)} has groups of channels")
-    has = len(node.input) > 2 and bool(node.input[2])
-    bias = Use(node.output[0], 2 if has else BIAS)
-    if w not in walk.constants:
-        raise NotRotatableError(f"{said(node)} has no constant weight")
-    kernel = walk.model.shapes[w][2:]
-    padded = any(given.get("pads", ())) or given.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
-    if walk.carries(x) and max(kernel, default=1) > 1 and (padded or node.op_type == "ConvTranspose"):
-        stream = walk.stream(x, node)
-        if stream.shift is not None and stream.shift.any():
-            raise NotRotatableError(f"{said(node)} pads what a norm shifted")
-    _layer(walk, node, 0, 1, (1, inner), inner, outer, bias)
-    _bias(walk, node, 2)
-
-
-@_rule("com.microsoft:Attention")
-def attention(walk: Walk, node: NodeProto) -> None:
-    """Reads like a layer; what it makes are heads."""
-    if node.input[1] not in walk.constants or any(walk.carries(name) for name in (*node.input[3:], *node.output) if name):
-        raise NotRotatableError(f"{said(node)} is more than a layer to it")
-    _layer(walk, node, 0, 1, (2, 0), 0, 1, Use(node.output[0], 2))
-
-
-def _layer(
-    walk: Walk, node: NodeProto, data: int, weight: int, inner: tuple[int, int], summed: int, made: int, bias: Use, factor: float = 1.0
-) -> None:
-    """A layer that sums over the weight's axis `summed` (the data's is inner[data]) and makes its axis `made`.
-
-    bias: where its bias is, BIAS where it has none; factor: of the product, beside the bias.
-    """
-    w, use = node.input[weight], Use(node.output[0], weight)
-    axes = walk.carries(w)
-    if set(axes) - {summed, made}:
-        raise NotRotatableError(f"{said(node)} has weights for every channel")
-    x = node.input[data]
-    if summed in axes:
-        if x in walk.constants or walk.axis(x) != inner[data]:
-            raise NotRotatableError(f"{said(node)} does not sum over its channels alone")
-        stream = walk.stream(x, node)
-        if stream.square:
-            raise NotRotatableError(f"{said(node)} reads its square")
-        if stream.norm is None:
-            walk.signal(x, stream, normed=False)
-        places = walk.roots(w, use, summed)
-        walk.read(places, stream)
-        if stream.shift is not None and stream.shift.any():
-            root, order = _turned(walk, w, use)
-            walk.found.shifts.append(Shift(root, order, summed, stream.shift, factor, bias, node.op_type))
-    elif walk.carries(x):
-        raise NotRotatableError(f"{said(node)} does not sum over its channels")
-    if made in axes:
-        out = node.output[0]
-        along = walk.axis(out) - len(walk.model.shapes[out]) if node.op_type == "MatMul" else -1
-        places = [*walk.roots(w, use, made), Place(Use(out, BIAS), along)]
-        walk.write(places)
-        walk.streams[out] = Stream(walk.axis(out), writers=tuple(places))
-
-
-def _turned(walk: Walk, name: str, use: Use) -> tuple[Use, tuple[int, ...] | None]:
-    """Where a weight comes from, and how it is transposed on the way."""
-    order: tuple[int, ...] | None = None
-    while name not in walk.model.tensors:
-        node = walk.live.makers[name]
-        if node.op_type not in ("Identity", "Cast", "Transpose"):
-            raise NotRotatableError(f"{said(node)} changes a weight that a shift has to go through")
-        if node.op_type == "Transpose":
-            rank = len(walk.model.shapes[name])
-            perm = tuple(attributes(node).get("perm", range(rank)[::-1]))
-            order = perm if order is None else tuple(perm[i] for i in order)
-        name, use = node.input[0], Use(node.output[0], 0)
-    return use, order
-
-
-def _bias(walk: Walk, node: NodeProto, position: int) -> None:
-    """The bias of a layer that writes the stream is written as well."""
-    out = node.output[0]
-    if out not in walk.streams:
-        return
-    stream = walk.streams[out]
-    if position < len(node.input) and node.input[position]:
-        name = node.input[position]
-        if not walk.carries(name):
-            if _number(walk, name) != 0.0:
-                walk.found.centred = True
-            walk.streams[out] = replace(stream, writers=None)
-            return
-        if name not in walk.constants:
-            raise NotRotatableError(f"{said(node)} has a bias from data")
-        places = walk.roots(name, Use(out, position), walk.axis(name))
-        walk.write(places)
-        walk.streams[out] = replace(stream, writers=(*(stream.writers or ()), *places))
+@_rule("BatchNormalization")
+def folded(walk: Walk, node: NodeProto) -> None:
+    """Running statistics are a scale and a shift a channel: behind a layer, the scale goes into the layer."""
+    stream, given, out = walk.stream(node.input[0], node), attributes(node), node.output[0]
+    tensors = all(name in walk.model.tensors and name in walk.constants for name in node.input[1:])
+    if not stream.plain or not stream.writers or given.get("training_mode") or not tensors:
+        raise NotRotatableError(f"{said(node)} scales its channels")
+    epsilon = given.get("epsilon", 1e-5)
+    uses = {position: Use(out, position) for position in range(1, 5)}
+    scale, mean, variance = (
+        walk.vector(node.input[position], uses[position], number)[0] for position, number in ((1, 1.0), (3, 0.0), (4, 1 - epsilon))
+    )
+    factor = scale / np.sqrt(variance + epsilon)
+    shift = np.asarray(walk.model.array(walk.model.copies.get(node.input[2], node.input[2])), np.float64) - mean * factor
+    walk.scale_writers(stream.writers, factor)
+    place = Place(uses[2], 0)
+    walk.found.bases[uses[2]] = shift
+    walk.write([place])
+    same(walk, node, replace(stream, writers=(*stream.writers, place)))

@@ -103,14 +103,15 @@ class Trunk:
     """What has to change for a group to turn.
 
     places: along which the stream is written or read (a BIAS only where the layer gets one); scales: {place: what the channels
-    are multiplied by first}; fills: {use: the number in place of a norm's scale or shift}; centred: the rotation has to keep
-    the direction of all ones.
+    are multiplied by first}; fills: {use: the number in place of a norm's scale or shift}; bases: {use: what is there before it
+    turns}; centred: the rotation has to keep the direction of all ones.
     """
 
     group: Group
     places: dict[Place, None] = field(default_factory=dict)
     scales: dict[Place, np.ndarray] = field(default_factory=dict)
     fills: dict[Use, float] = field(default_factory=dict)
+    bases: dict[Use, np.ndarray] = field(default_factory=dict)
     shifts: list[Shift] = field(default_factory=list)
     norms: list[Norm] = field(default_factory=list)
     signals: dict[str, Signal] = field(default_factory=dict)

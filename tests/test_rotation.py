@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 import pytest
-from conftest import SHARED
+from conftest import EVAL, MODELS, SHARED
 from onnx import ModelProto
 from outside import Weight, build, run
 
+from onnxprune.criteria import criterion
+from onnxprune.equivalence import distortion
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Grouping, group
 from onnxprune.importer import load
@@ -285,6 +287,86 @@ def test_linear_bottlenecks_turn_without_a_norm() -> None:
     _, rotated = turned(model, [feeds])
     assert [len(scores) for scores in rotated.scores.values()] == [6]
     assert off(model, rotated.model, feeds) < 1e-3
+
+
+@pytest.mark.parametrize("bias", ["", ", b1"])
+def test_batch_norms_behind_the_layers_go_into_them(bias: str) -> None:
+    body = f"""
+        a0 = Conv (x, w0{bias})  a = BatchNormalization <epsilon = 0.1> (a0, g0, s0, m0, v0)
+        h0 = Conv (a, w1)  h = Relu(h0)
+        o0 = Conv (h, w2)  o = BatchNormalization (o0, g1, s1, m1, v1)
+        s = Add(a, o)
+        z0 = Conv (s, w3)  z = Relu(z0)
+        y = Conv (z, w4)"""
+    weights: dict[str, Weight] = {"w0": (6, 3, 1, 1), "w1": (9, 6, 1, 1), "w2": (6, 9, 1, 1), "w3": (7, 6, 1, 1), "w4": (4, 7, 1, 1)}
+    weights |= {f"{name}{i}": (6,) for name in "gsmv" for i in range(2)} | ({"b1": (6,)} if bias else {})
+    model, feeds = image(body, weights, "N, 4, 8, 8")
+    _, rotated = turned(model, [feeds])
+    assert [len(scores) for scores in rotated.scores.values()] == [6]
+    assert off(model, rotated.model, feeds) < 1e-3
+    other = {"x": feeds["x"] * 3 + 1}
+    assert off(model, rotated.model, other) < 1e-3
+
+
+def test_skip_layer_normalization_and_a_gemm_whose_bias_is_switched_off() -> None:
+    body = f"""
+        x0 = Gather(table, tokens)
+        n0 = LayerNormalization <axis = -1, epsilon = {EPSILON}> (x0, g0, s0)
+        h0 = MatMul(n0, w1)  h = Relu(h0)  o = MatMul(h, w2)
+        n1 = Identity(o)
+        f = Reshape(n1, flat)
+        l = Gemm <beta = 0.0> (f, head)
+        logits = Reshape(l, unflat)"""
+    weights: dict[str, Weight] = {
+        "table": (VOCABULARY, WIDTH),
+        "w1": (WIDTH, 12),
+        "w2": (12, WIDTH),
+        "head": (WIDTH, VOCABULARY),
+        **dict.fromkeys(("g0", "s0", "g1", "s1", "b"), (WIDTH,)),
+        "flat": [-1, WIDTH],
+        "unflat": [-1, 5, VOCABULARY],
+    }
+    model = build("int64[N, 5] tokens", body, f"float[N, 5, {VOCABULARY}] logits", weights)
+    node = next(n for n in model.graph.node if n.output[0] == "n1")
+    fused = onnx.helper.make_node(
+        "SkipLayerNormalization", ["o", "x0", "g1", "s1", "b"], ["n1", "", "", "x1"], domain="com.microsoft", epsilon=EPSILON
+    )
+    node.CopyFrom(fused)
+    samples = [tokens(16), tokens(16, 1)]
+    _, rotated = turned(model, samples, "table")
+    assert len(rotated.scores) == 1
+    assert off(model, rotated.model, tokens(3, 2)) < 1e-3
+    full = rotated.rescaled(sliced(rotated, samples[0], WIDTH - 1))
+    assert 0 < off(model, full, tokens(3, 2)) < 1
+
+
+def test_half_precision_turns_within_its_rounding() -> None:
+    model = transformer("LayerNormalization")
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    del model.graph.value_info[:]
+    _, rotated = turned(model, [tokens(8), tokens(8, 1)], "table")
+    assert len(rotated.scores) == 1
+    assert {t.data_type for t in rotated.model.graph.initializer} == {onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64}
+    assert off(model, rotated.model, tokens(3, 2)) < 5e-2
+
+
+def test_a_trained_network_keeps_more_of_its_outputs_than_by_the_size_of_weights() -> None:
+    model = onnx.load(MODELS / "digits-mobilenet.onnx")
+    images = np.load(MODELS / "digits-images.calibration.npz")["input"]
+    feeds = {"input": np.load(MODELS / EVAL["digits-mobilenet"])["input"]}
+    grouping, rotated = turned(model, [{"input": images[i : i + 64]} for i in range(0, 256, 64)])
+    assert len(rotated.scores) == 2
+    again = group(load(rotated.model, {"input": images[:8]}))
+    sizes = {g.id: criterion.get("l2")(grouping.model, g, np.random.default_rng(0)) for g in grouping.groups if g.id in rotated.scores}
+    lost = []
+    for one, scores in ((grouping, sizes), (again, rotated.scores_in(again))):
+        remove = {i: np.sort(np.argsort(s)[: int(0.3 * len(s))]) for i, s in scores.items()}
+        pruned = rewrite(one, remove)
+        lost.append(distortion(run(model, feeds), run(rotated.rescaled(pruned) if one is again else pruned, feeds)))
+    assert lost[1] < 0.1 * lost[0]
 
 
 POST_NORM = """
