@@ -79,7 +79,8 @@ class Rotated:
                 arrays.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
 
         def read(use: Use) -> np.ndarray | None:
-            tensor = arrays.get(nodes[use.node].input[use.position]) if use.node in nodes else None
+            node = nodes.get(use.node)
+            tensor = arrays.get(node.input[use.position]) if node is not None and use.position < len(node.input) else None
             return None if tensor is None else numpy_helper.to_array(tensor).astype(np.float64)
 
         changed: dict[Use, np.ndarray] = {}

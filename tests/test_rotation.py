@@ -308,6 +308,49 @@ def test_batch_norms_behind_the_layers_go_into_them(bias: str) -> None:
     assert off(model, rotated.model, other) < 1e-3
 
 
+def test_layers_from_one_stream_to_another_and_back_into_their_own() -> None:
+    """Their weights turn along both axes, and the shifts that they read become biases that turn as well."""
+    body = f"""
+        a0 = Gather(table, tokens)
+        {norm_text("LayerNormalization", "a0", "n0", "g0", "s0")}
+        o0 = MatMul(n0, own)  o1 = Mul(o0, layerscale)
+        a1 = Add(a0, o1)
+        {norm_text("LayerNormalization", "a1", "n1", "g1", "s1")}
+        b0 = Gather(other, tokens)
+        c = MatMul(n1, cross)
+        b1 = Add(b0, c)
+        {norm_text("torch RMSNorm", "b1", "n2", "g2", "")}
+        logits = MatMul(n2, head)"""
+    weights: dict[str, Weight] = {
+        "table": (VOCABULARY, WIDTH),
+        "other": (VOCABULARY, 12),
+        "own": (WIDTH, WIDTH),
+        "cross": (WIDTH, 12),
+        "head": (12, VOCABULARY),
+        **dict.fromkeys(("g0", "s0", "g1", "s1", "layerscale"), (WIDTH,)),
+        "g2": (12,),
+        "two": np.array(2, np.float32),
+        "epsilon": np.array(EPSILON, np.float32),
+    }
+    model = build("int64[N, 5] tokens", body, f"float[N, 5, {VOCABULARY}] logits", weights)
+    samples = [tokens(16), tokens(16, 1)]
+    for tensor in ("table", "other", ""):
+        _, rotated = turned(model, samples, tensor)
+        assert {len(scores) for scores in rotated.scores.values()} >= {16 if tensor == "table" else 12}
+        assert off(model, rotated.model, tokens(3, 2)) < 1e-3
+    again = group(load(rotated.model, samples[0]))
+    assert len(rotated.scores_in(again)) == 2
+
+
+def test_a_turned_and_sliced_model_may_be_turned_again() -> None:
+    model, samples = transformer("LayerNormalization", rank=6), [tokens(16), tokens(16, 1)]
+    _, first = turned(model, samples, "table")
+    smaller = first.rescaled(sliced(first, samples[0], 10))
+    _, second = turned(smaller, samples, "table")
+    smallest = second.rescaled(sliced(second, samples[0], 7))
+    assert off(model, smallest, tokens(3, 2)) < 1e-3
+
+
 def test_skip_layer_normalization_and_a_gemm_whose_bias_is_switched_off() -> None:
     body = f"""
         x0 = Gather(table, tokens)
