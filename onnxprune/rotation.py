@@ -12,6 +12,11 @@ leaves exactly the first d' − 1 components, for every d'.
 
 A norm over d' channels divides by √(S/d' + ε) where it was √(S/d + ε).  With ε' = ε d/d' that is √(d/d') times as much, so its
 gain becomes √(d/d') (`Rotated.rescaled`).
+
+    rotated = rotate(grouping, samples)                       # grouping of the model
+    again = group(load(rotated.model, feeds))                 # to be certified and sliced as any model
+    scores = rotated.scores_in(again)                         # {group: a number a channel}; the lowest go
+    smaller = rotated.rescaled(rewrite(again, remove))        # after the surgery is proven
 """
 
 from __future__ import annotations
@@ -62,7 +67,8 @@ class Rotated:
         readers = self._nodes(grouping.model.proto)
         found = {}
         for one in self.trunks:
-            anchors = {(readers[p.use.node].input[p.use.position], p.axis) for p in one.places if p.use.position != BIAS}
+            uses = [p for p in one.places if p.use.position != BIAS and p.use.node in readers]
+            anchors = {(readers[p.use.node].input[p.use.position], p.axis) for p in uses}
             for group in grouping.groups:
                 if group.units == one.group.units and any((m.tensor, m.axis) in anchors for m in group.members):
                     found[group.id] = self.scores[one.group.id]

@@ -125,12 +125,16 @@ Channels = Mapping[str, tuple[int, ...]]  # {value: its axes that are a group's 
 def channels(grouping: Grouping) -> dict[Dim, Channels]:
     """{leaf: the values that have it, and where}; an axis of -1 is one of which the leaf is a part only."""
     found: dict[Dim, dict[str, tuple[int, ...]]] = {}
-    for name, axis in grouping.dims:
-        layout = grouping.layout((name, axis))
-        whole = len(layout) == 1 and len(layout[0]) == 1
-        for leaf in layouts.leaves(layout) if name in grouping.model.shapes else ():
+    known: dict[Dim, tuple[set[Dim], bool]] = {}
+    for (name, axis), dim in grouping.dims.items():
+        root = find(dim)
+        if root not in known:
+            layout = layouts.resolve(root)
+            known[root] = layouts.leaves(layout), layout == [[root]]
+        parts, whole = known[root]
+        for leaf in parts if name in grouping.model.shapes else ():
             places = found.setdefault(leaf, {})
-            places[name] = (*places.get(name, ()), axis if whole and find(layout[0][0]) is leaf else -1)
+            places[name] = (*places.get(name, ()), axis if whole else -1)
     return {leaf: dict(places) for leaf, places in found.items()}
 
 
@@ -252,6 +256,8 @@ class Walk:
             inside = [i for i, source in enumerate(node.input) if source and self.carries(source)]
             if len(inside) != 1:
                 raise NotRotatableError(f"'{name}' scales its channels and is computed from several constants")
+            if node.op_type == "Mul" and node.input[1 - inside[0]] in self.model.folded:
+                raise NotRotatableError(f"'{name}' scales its channels and is itself scaled")
             if node.op_type == "Add":
                 offset += float(self.model.folded[node.input[1 - inside[0]]].number.ravel()[0])
             name, use = node.input[inside[0]], Use(node.output[0], inside[0])
