@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from onnxprune.saliency import measured
 from onnxprune.sensitivity import curves, outputs_of
 from onnxprune.study import Study
 
-AUTO = "auto"
+AUTO, PCA = "auto", "pca"
 CANDIDATES = (("obs", DISTORTION), ("obs", "global"), ("fluctuation", "standardized"), ("l2", "uniform"))
 FITTED = 256  # samples to which candidates are fitted
 Scores = dict[int, np.ndarray]
@@ -30,17 +30,20 @@ Losses = Mapping[int, np.ndarray] | None
 
 def check_criterion(name: str, samples: bool) -> None:
     """Raises OnnxPruneError where there is no such criterion, or where it looks at samples and there are none."""
-    if name == AUTO or name in measured.names():
+    if name in (AUTO, PCA) or name in measured.names():
         if not samples:
             raise OnnxPruneError(f"--criterion {name} looks at activations; give --calibration (samples, or 'noise')")
     elif name not in criteria.names():
-        known = sorted({*criteria.names(), *measured.names(), AUTO})
+        known = sorted({*criteria.names(), *measured.names(), AUTO, PCA})
         raise OnnxPruneError(f"no criterion is named '{name}'; there are: {', '.join(known)}")
 
 
 def scored(grouping: Grouping, ids: Collection[int], name: str, seed: int, study: Study | None) -> Scores:
     """{group: scores (units,)} of the width groups among `ids`."""
     groups = [g for g in grouping.groups if g.id in ids and g.branch is None]
+    if name == PCA and study is not None:
+        known = {g.id: study.known[g.id] for g in groups if g.id in study.known}
+        return known | scored(grouping, set(ids) - set(known), "obs", seed, study)
     if name in measured.names() and study is not None:
         look = measured.get(name)
         return {g.id: look(study.evidence, g, np.random.default_rng([seed, g.id])) for g in groups}
@@ -52,7 +55,7 @@ def losses_of(grouping: Grouping, scores: Mapping[int, np.ndarray], allocation: 
     """What the outputs lose at each number of units removed, where the allocation goes by that; None otherwise."""
     if allocation != DISTORTION or study is None:
         return None
-    return curves(grouping, study.evidence, scores, study.few(), progress=study.progress)
+    return curves(grouping, study.evidence, scores, study.few(), progress=study.progress, finish=study.finish)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,9 @@ def _change(study: Study, grouping: Grouping, choice: Choice) -> float:
     feeds = list(held.batches(study.batch))
     plan = Plan(grouping, choice.remove)
     try:
-        pruned, _ = reconstruct(plan, rewrite(grouping, choice.remove), lambda: part.batches(study.batch), progress=study.progress)
+        pruned, _ = reconstruct(
+            plan, study.finish(rewrite(grouping, choice.remove)), lambda: part.batches(study.batch), progress=study.progress
+        )
         return distortion(outputs_of(grouping.model.proto, feeds), outputs_of(pruned, feeds))
     except OnnxPruneError:
         return float("inf")
@@ -119,11 +124,12 @@ def in_steps(
         plan = Plan(grouping, choice.remove)
         pruned = rewrite(grouping, choice.remove)
         if study is not None:
+            pruned = study.finish(pruned)
             if study.progress:
                 study.progress(f"step {step} of {steps}")
             pruned, _ = compensation.get(compensate)(study, plan, pruned)
         left = put_back(plan, pruned)
-        again = Study(left, study.samples, study.progress) if study is not None else None
+        again = replace(study, grouping=left) if study is not None else None
         scores = scored(left, selection.scores, selection.criterion, seed, again)
         for group, units in choice.remove.items():
             if group in scores:

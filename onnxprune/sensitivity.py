@@ -36,6 +36,7 @@ def curves(
     feeds: Iterable[Arrays],
     ratios: Sequence[float] = RATIOS,
     progress: Callable[[str], None] | None = None,
+    finish: Callable[[ModelProto], ModelProto] = lambda model: model,
 ) -> dict[int, np.ndarray]:
     """For each group the distortion of the outputs at every number of units removed, (units + 1,); rising.
 
@@ -55,7 +56,7 @@ def curves(
     def measure(group: int, units: np.ndarray) -> float:
         plan = Plan(grouping, {group: units})
         try:
-            pruned = rewrite(grouping, plan.remove)
+            pruned = finish(rewrite(grouping, plan.remove))
             return distortion(before, outputs_of(updated(plan, pruned, evidence), batches))
         except OnnxPruneError:
             return float("inf")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+
+import numpy as np
+from onnx import ModelProto
 
 from onnxprune.evidence import Evidence, gather
 from onnxprune.grouping import Grouping
@@ -17,11 +20,17 @@ LARGE = 2**17  # elements of a sample's inputs, from which on batches are small
 
 @dataclass
 class Study:
-    """samples: calibration data; few: a part of it, for what is measured many times; evidence: gathered when first asked for."""
+    """samples: calibration data; evidence: gathered when first asked for.
+
+    known: scores that the model's own form gives (of streams that were turned into principal components); finish: what a pruned
+    model needs besides the surgery (their norms' scale).
+    """
 
     grouping: Grouping
     samples: Samples
     progress: Callable[[str], None] | None = None
+    known: Mapping[int, np.ndarray] = field(default_factory=dict)
+    finish: Callable[[ModelProto], ModelProto] = lambda model: model
 
     @property
     def batch(self) -> int:
