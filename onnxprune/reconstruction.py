@@ -6,8 +6,10 @@ that the error that has come along the residual stream is taken back in the bran
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, numpy_helper
@@ -40,6 +42,10 @@ class Refit:
     before: float
     after: float
     shrinkage: float
+
+    def to_json(self) -> dict[str, Any]:
+        """An infinite shrinkage (the weights stay as they are) is None: JSON has no infinity."""
+        return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in vars(self).items()}
 
 
 Solve = Callable[[Observed, np.ndarray, np.ndarray, bool], Fit]
