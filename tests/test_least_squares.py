@@ -155,6 +155,8 @@ def test_rows_by_the_matrix_are_what_onnxruntime_makes(case: Case, share: float)
         ("y = Gemm(x, w, b)", {"w": (4, 3), "b": (3, 1)}),  # one number a row, not a column
         ("y = Gemm<alpha=0.5>(x, w, b)", {"w": (4, 3), "b": (3,)}),
         ("y = Gemm<transA=1>(x, w)", {"w": (3, 3)}),
+        ("y = Gemm<beta=0.0>(x, w, b)", {"w": (4, 3), "b": (3,)}),
+        ("y = Gemm<beta=2.0>(x, w, b)", {"w": (4, 3), "b": (3,)}),
         ("h = Mul(w, s) y = MatMul(x, h)", {"w": (4, 3), "s": (3,)}),  # the weight passes through a node
         ("h = MatMul(x, w) z = MatMul(h, v) y = MatMul(z, v)", {"w": (4, 3), "v": (3, 3)}),  # v is shared; w is a layer
     ],
@@ -318,6 +320,22 @@ def as_matrix(kind: str, weight: np.ndarray) -> np.ndarray:
     if kind == "ConvTranspose":
         return weight.swapaxes(0, 1).reshape(3, -1)
     return weight.T if kind.startswith("MatMul") else weight.reshape(3, -1)
+
+
+@pytest.mark.parametrize(
+    "last",
+    ["y = Gemm<transB=1>(f, w, z)", "g = Gemm<transB=1, beta=0.0>(f, w, b) y = Add(g, b)", "g = Gemm<transB=1>(f, w, z) y = Add(b, g)"],
+)
+def test_a_gemm_whose_bias_is_zero_or_behind_it_is_fitted_as_one_with_a_bias(last: str) -> None:
+    model, x = two_deep("Gemm")
+    body = HIDDEN["Gemm"][0].replace("y = Gemm<transB=1>(f, w, b)", last)
+    held = arrays(model)
+    weights: dict[str, Weight] = {n: held[n] for n in "vcwb" if n in "vcw" or "b)" in last or "(b" in last} | {"z": np.array(0, np.float32)}
+    other = build("float[N, 4, 6, 5] x", body, "float[N, 3] y", weights)
+    model = model if "b" in weights else changed(model, {"b": np.zeros(3, np.float32)})
+    one, two = (onnxprune.prune(m, 0.4, calibration={"x": x}, criterion="l2", allocation="uniform") for m in (other, model))
+    assert [refit.after for refit in one.refits] == pytest.approx([refit.after for refit in two.refits], rel=1e-3)
+    np.testing.assert_allclose(run(one.model, {"x": x})["y"], run(two.model, {"x": x})["y"], atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", HIDDEN)
