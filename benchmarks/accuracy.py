@@ -67,12 +67,12 @@ def jobs(part: str, args: argparse.Namespace) -> Iterator[Job]:
         "calibration": args.calibrations,
     }
     settings = [dict(zip(names, values, strict=True)) for values in itertools.product(*names.values())]
-    models = args.models or {"minilm": ["minilm"], "others": OTHERS}.get(part, CIFAR)
+    models = args.models or {"minilm": ["minilm"], "others": OTHERS, "peers": [*CIFAR, "minilm"]}.get(part, CIFAR)
     for model, ratio in itertools.product(models, args.ratios):
         if part == "peers":
             from accuracy_peers import DRAWN, METHODS
 
-            for method in METHODS:
+            for method in METHODS.get(SUBJECTS[model].kind, ()):
                 if not args.methods or any(word in method for word in args.methods):
                     yield from (Job(part, model, ratio, method, seed) for seed in (args.seeds if method in DRAWN else args.seeds[:1]))
         elif part == "ablation":
@@ -96,9 +96,9 @@ def child(job: Job, folder: Path) -> list[Row]:
         import accuracy_peers
 
         with np.load(calibration) as content:
-            samples = content[content.files[0]]
-        case = accuracy_peers.Case(path, job.ratio, samples, job.seed)
-        made = accuracy_peers.METHODS[job.method](case)
+            arrays = {name: content[name] for name in content.files}
+        case = accuracy_peers.Case(path, job.ratio, arrays, job.seed)
+        made = accuracy_peers.METHODS[SUBJECTS[job.model].kind][job.method](case)
         largest, rows = resident("VmHWM"), []
         for after, result in made.items():
             row = {"method": f"{job.method} + {after}" if after else job.method, "seconds": result.seconds, "mib": largest}

