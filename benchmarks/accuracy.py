@@ -233,6 +233,13 @@ def main() -> None:
         metavar=("CRITERION", "ALLOCATION", "COMPENSATION", "CALIBRATION"),
         help="what the ablation and the other models start from",
     )
+    parser.add_argument(
+        "--free",
+        nargs=4,
+        default=["auto", "auto", "reconstruct", "noise"],
+        metavar=("CRITERION", "ALLOCATION", "COMPENSATION", "CALIBRATION"),
+        help="what is shown as onnxprune without samples, of the rows that are there",
+    )
     parser.add_argument("--data", type=Path, default=ROOT / "build" / "accuracy", help="where the arrays are, and minilm.onnx")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for one process")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "accuracy.json")
@@ -258,9 +265,9 @@ def main() -> None:
     if rows:
         import accuracy_report
 
-        args.table.write_text(accuracy_report.markdown(rows, args.default))
+        args.table.write_text(accuracy_report.markdown(rows, args.default, args.free))
         try:
-            accuracy_report.draw(rows, args.default, args.plot)
+            accuracy_report.draw(rows, args.default, args.free, args.plot)
         except ImportError as error:
             print(f"no plot: {error}", file=sys.stderr)
 

@@ -86,20 +86,19 @@ def best(rows: Iterable[Row], metric: str) -> tuple[float, str] | None:
     return max(found, default=None)
 
 
-def glance(rows: list[Row], default: dict[str, str]) -> str:
+def glance(rows: list[Row], default: dict[str, str], free: dict[str, str]) -> str:
     """What is to be reached and what is reached, for the models with labels."""
     body = []
     for (model, ratio), some in sorted(grouped([r for r in rows if r["model"] in CIFAR], "model", "ratio").items()):
-        target = dict(SUBJECTS[model].target).get(ratio)
+        target, without = (dict(pairs).get(ratio) for pairs in (SUBJECTS[model].target, SUBJECTS[model].free))
         before = mean(some, "before")
         peers = [row for row in some if not row["options"]]
         line = [model, f"{ratio:.0%}", percent(before), percent(target)]
         for chosen in (FAMILIES["Torch-Pruning"], FAMILIES["Torch-Pruning, norms recalibrated"], FAMILIES["onnxsim"]):
             found = best(filter(chosen, peers), "accuracy")
             line.append(f"{percent(found[0])} ({found[1].split(' + ')[0].partition(' ')[2]})" if found else "")
-        for wanted in (default, default | {"calibration": "noise"}, default | {"calibration": "none"}):
-            line.append(cell(options(some, **wanted), "accuracy"))
-        body.append(line)
+        reached = [cell(options(some, **wanted), "accuracy") for wanted in (default, free)]
+        body.append([*line, reached[0], percent(without), reached[1]])
     head = [
         "model",
         "MACs gone",
@@ -109,7 +108,7 @@ def glance(rows: list[Row], default: dict[str, str]) -> str:
         "the same, norms recalibrated, its best",
         "onnxsim, its best",
     ]
-    return table([*head, "onnxprune, default", "with noise", "with nothing"], body)
+    return table([*head, "onnxprune", "to reach without samples", "onnxprune without samples"], body)
 
 
 def percent(value: float | None) -> str:
@@ -150,14 +149,15 @@ def steps(rows: list[Row], default: dict[str, str]) -> str:
     return table(["model", "step", "s", "MiB"], body, left=2)
 
 
-def markdown(rows: list[Row], names: Sequence[str]) -> str:
-    default = dict(zip(NAMES, names, strict=True))
+def markdown(rows: list[Row], names: Sequence[str], without: Sequence[str]) -> str:
+    """The whole page; names and without: the settings that stand for onnxprune with and without samples."""
+    default, free = (dict(zip(NAMES, values, strict=True)) for values in (names, without))
     cifar, minilm = ([row for row in rows if row["model"] in models] for models in (CIFAR, ["minilm"]))
     others = [row for row in rows if row["model"] in OTHERS]
     parts = [f"# Accuracy without training\n\n{INTRODUCTION}"]
     if cifar:
-        chosen = ", ".join(f"{name} `{value}`" for name, value in default.items())
-        parts.append(f"## At a glance\n\n{glance(cifar, default)}\n\nThe default: {chosen}.")
+        chosen, other = (", ".join(f"{name} `{value}`" for name, value in setting.items()) for setting in (default, free))
+        parts.append(f"## At a glance\n\n{glance(cifar, default, free)}\n\nonnxprune: {chosen}; without samples: {other}.")
         parts.append(f"## All of them\n\n{matrix(cifar, CIFAR)}\n\n![accuracy over the MACs that are gone](accuracy.svg)")
     if any("failed" in row for row in cifar):
         parts.append(f"What fails:\n\n{failures(cifar)}")
@@ -183,7 +183,7 @@ FAMILIES: dict[str, Callable[[Row], bool]] = {  # of the peers the best result i
 }
 
 
-def draw(rows: list[Row], names: Sequence[str], path: Path) -> None:
+def draw(rows: list[Row], names: Sequence[str], without: Sequence[str], path: Path) -> None:
     """Accuracy over the MACs that are gone: the peers' best, the default, the default without its parts, what is to be reached."""
     import matplotlib
 
@@ -191,40 +191,24 @@ def draw(rows: list[Row], names: Sequence[str], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "onnxprune", "font.size": 9, "savefig.facecolor": "white"}
-    default = dict(zip(NAMES, names, strict=True))
+    default, free = (dict(zip(NAMES, values, strict=True)) for values in (names, without))
     models = [m for m in CIFAR if any(row["model"] == m for row in rows)]
     figure, panels = plt.subplots(1, max(len(models), 1), figsize=(8.4, 3.6), layout="constrained", sharey=True, squeeze=False)
     for panel, model in zip(panels[0], models, strict=False):
         own = [row for row in rows if row["model"] == model]
-        before = mean(own, "before") or 0.0
-        lines: dict[str, Callable[[float], float | None]] = {
-            "onnxprune": lambda ratio, own=own: mean(at(options(own, **default), ratio), "accuracy"),
-            "onnxprune, made-up samples": lambda ratio, own=own: mean(
-                at(options(own, **(default | {"calibration": "noise"})), ratio), "accuracy"
-            ),
-            "onnxprune, no compensation": lambda ratio, own=own: mean(
-                at(options(own, **(default | {"compensation": "none"})), ratio), "accuracy"
-            ),
+        start = (0.0, 100 * (mean(own, "before") or 0.0))
+        settings = {
+            "onnxprune": default,
+            "onnxprune without samples": free,
+            "onnxprune, no compensation": default | {"compensation": "none"},
         }
-        for family, chosen in FAMILIES.items():
-            lines[f"{family}, its best"] = lambda ratio, own=own, chosen=chosen: (
-                best(filter(chosen, at(own, ratio)), "accuracy") or (None,)
-            )[0]
-        for place, (title, value) in enumerate(lines.items()):
-            found = [(100 * r, 100 * v) for r in sorted({row["ratio"] for row in own}) if (v := value(r)) is not None]
-            if found:
-                style = {"color": f"C{place}", "linestyle": "-" if title.startswith("onnxprune") else "--"}
-                panel.plot(*zip((0, 100 * before), *found, strict=True), marker="o", markersize=3, label=title, **style)
-        for ratio, target in SUBJECTS[model].target:
-            panel.plot(
-                100 * ratio,
-                100 * target,
-                marker="_",
-                markersize=14,
-                color="black",
-                linestyle="",
-                label="to reach" if ratio == 0.3 else None,
-            )
+        for place, (title, setting) in enumerate(settings.items()):
+            line(panel, start, options(own, **setting), label=title, color=f"C{place}")
+        for place, (title, chosen) in enumerate(FAMILIES.items(), len(settings)):
+            line(panel, start, list(filter(chosen, own)), label=f"{title}, its best", color=f"C{place}", linestyle="--")
+        ratios, targets = zip(*SUBJECTS[model].target, strict=True)
+        marks = {"marker": "_", "markersize": 14, "color": "black", "linestyle": ""}
+        panel.plot([100 * r for r in ratios], [100 * t for t in targets], label="to reach", **marks)
         panel.set(title=model, xlabel="% of the MACs gone", ylabel="top-1, %" if panel is panels[0][0] else "")
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False, fontsize=7, loc="lower left")
@@ -232,5 +216,9 @@ def draw(rows: list[Row], names: Sequence[str], path: Path) -> None:
     plt.close(figure)
 
 
-def at(rows: Iterable[Row], ratio: float) -> list[Row]:
-    return [row for row in rows if row["ratio"] == ratio]
+def line(panel: Any, start: tuple[float, float], rows: Iterable[Row], **style: Any) -> None:
+    """From the unpruned model over the best result at each ratio."""
+    found = {ratio: best(some, "accuracy") for (ratio,), some in sorted(grouped(rows, "ratio").items())}
+    points = [start, *((100 * ratio, 100 * one[0]) for ratio, one in found.items() if one)]
+    if len(points) > 1:
+        panel.plot(*zip(*points, strict=True), marker="o", markersize=3, **style)
