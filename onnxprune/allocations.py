@@ -35,12 +35,26 @@ def uniform(scores: Scores, strength: float) -> dict[int, float]:
 
 @allocation("global")
 def globally(scores: Scores, strength: float) -> dict[int, float]:
-    """One threshold over the scores of all groups: those below it go."""
+    """One threshold over the scores of all groups, each divided by what a unit of the group costs: those below it go."""
     pool = np.sort(np.concatenate(list(scores.values())))
     if strength >= 1:
         return dict.fromkeys(scores, 1.0)
     threshold = pool[int(strength * len(pool))]
     return {g: float((s < threshold).mean()) for g, s in scores.items()}
+
+
+@allocation("standardized")
+def standardized(scores: Scores, strength: float) -> dict[int, float]:
+    """One threshold over the scores, each less its group's mean and by its deviation (FLAP, arXiv:2312.11983)."""
+    return globally({g: (s - s.mean()) / max(float(s.std()), 1e-12) for g, s in scores.items()}, strength)
+
+
+DISTORTION = "distortion"  # measured on samples (`sensitivity`), and split by dynamic programming
+
+
+def names() -> list[str]:
+    """All allocations that can be asked for."""
+    return sorted({*allocation.names(), DISTORTION})
 
 
 @dataclass(frozen=True)
@@ -89,23 +103,34 @@ def choose(
     limits: Limits | None = None,
     shares: Mapping[int, float] | None = None,
     cut: Sequence[int] = (),
+    losses: Mapping[int, np.ndarray] | None = None,
 ) -> Choice:
     """The lowest-scored units of each group, so many that `ratio` of the budget goes.
 
-    shares: {group: share} of groups whose ratio the user gave; cut: residual branches that go as well.  Where the budget is out
-    of reach, the closest is returned.
+    shares: {group: share} of groups whose ratio the user gave; cut: residual branches that go as well; losses: {group: what is
+    lost at each number of units removed, (units + 1,)}, which are then split instead of the scores.  Where the budget is
+    out of reach, the closest is returned.
     """
     limits, shares = limits or Limits(), dict(shares or {})
     units = {g.id: g.units for g in grouping.groups}
     cost = counter(grouping, of)
     whole = cost({})
     second = secondary(grouping)
-    share_of = allocation.get(rule)
+    share_of = allocation.get(rule) if losses is None else None
+    price = {g: max(whole - cost({g: units[g] - 1}), 0.0) / whole if whole else 0.0 for g in scores}
+    saved = {g: _savings(cost, whole, g, units[g]) for g in scores} if losses is not None else {}
     gone = dict.fromkeys(cut, 0)
 
     def kept_at(strength: float, only: set[int]) -> dict[int, int]:
         free = {g: s for g, s in scores.items() if g in only and g not in shares}
-        wanted = (share_of(free, strength) if free else {}) | shares
+        if rule == "global":
+            free = {g: s / price[g] if price[g] else np.full(len(s), np.inf) for g, s in free.items()}
+        if losses is not None:
+            most = {g: units[g] - limits.kept(units[g], 1.0) for g in free}
+            parted = split({g: losses[g][: most[g] + 1] for g in free}, saved, strength)
+            wanted = {g: n / units[g] for g, n in parted.items()} | shares
+        else:
+            wanted = (share_of(free, strength) if free and share_of else {}) | shares
         return {g: limits.kept(units[g], wanted[g]) for g in wanted}
 
     def reached(kept: Mapping[int, int]) -> float:
@@ -135,6 +160,54 @@ def choose(
             order = np.argsort(scores[g], kind="stable")
             remove[g] = np.sort(order[: units[g] - keep])
     return Choice(remove, reached(best))
+
+
+def _savings(cost: Callable[[Mapping[int, int]], float], whole: float, group: int, units: int) -> np.ndarray:
+    """The share of the budget that goes with each number of units of one group alone, (units + 1,)."""
+    at = np.unique(np.linspace(0, units, LEVELS).round().astype(int))
+    return np.interp(np.arange(units + 1), at, [1 - cost({group: units - int(n)}) / whole if whole else 0.0 for n in at])
+
+
+BINS = 2000
+LEVELS = 48
+
+
+def split(losses: Mapping[int, np.ndarray], saved: Mapping[int, np.ndarray], strength: float) -> dict[int, int]:
+    """Units to remove of each group so that `strength` of all that can be saved is, and the sum of the losses is least.
+
+    losses, saved: {group: at each number of units removed}.  Dynamic programming over what is saved, in BINS steps.
+    """
+    if not losses:
+        return {}
+    most = {g: np.maximum.accumulate(saved[g][: len(losses[g])]) for g in losses}
+    unit = sum(float(m[-1]) for m in most.values()) / BINS
+    if unit <= 0:
+        return dict.fromkeys(losses, 0)
+    best = np.full(BINS + 1, np.inf)
+    best[0] = 0.0
+    taken: list[tuple[int, np.ndarray, np.ndarray]] = []
+    for g, loss in losses.items():
+        levels = np.unique(np.linspace(0, len(loss) - 1, LEVELS).round().astype(int))
+        choice = np.zeros(BINS + 1, np.int64)
+        new = np.full(BINS + 1, np.inf)
+        for i, level in enumerate(levels):
+            step = int(most[g][level] / unit + 1e-9)
+            there = np.full(BINS + 1, np.inf)
+            there[step:] = best[: BINS + 1 - step] + loss[level]
+            better = there < new
+            new[better], choice[better] = there[better], i
+        best = new
+        taken.append((g, levels, choice))
+    goal = min(BINS, round(strength * BINS))
+    reachable = np.flatnonzero(np.isfinite(best))
+    beyond = reachable[reachable >= goal]
+    place = int(beyond[np.argmin(best[beyond])]) if len(beyond) else int(reachable[-1])
+    found = {}
+    for g, levels, choice in reversed(taken):
+        level = int(levels[choice[place]])
+        found[g] = level
+        place -= int(most[g][level] / unit + 1e-9)
+    return {g: found[g] for g in losses}
 
 
 Kept = dict[int, int]
@@ -176,6 +249,14 @@ def check_ratio(ratio: float) -> float:
     if not 0 < ratio < 1:
         raise OnnxPruneError(f"the ratio is {ratio}; it is the share to remove and must lie between 0 and 1")
     return ratio
+
+
+def check_allocation(name: str, samples: bool) -> None:
+    """Raises OnnxPruneError where there is no such allocation, or where it is measured on samples and there are none."""
+    if name not in (*names(), "auto"):
+        raise OnnxPruneError(f"no allocation is named '{name}'; there are: {', '.join([*names(), 'auto'])}")
+    if name in (DISTORTION, "auto") and not samples:
+        raise OnnxPruneError(f"--allocation {name} measures on samples; give --calibration (samples, or 'noise')")
 
 
 def check_budget(of: str) -> str:

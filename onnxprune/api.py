@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,12 +10,13 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from onnxprune.allocations import Choice, Limits, check_budget, check_ratio, choose
-from onnxprune.allocations import allocation as allocations
+from onnxprune.allocations import DISTORTION, Choice, Limits, check_allocation, check_budget, check_ratio, choose
 from onnxprune.branches import with_branches
+from onnxprune.calibration import read_calibration
 from onnxprune.certificate import Bench, Proof, certify, prepare
+from onnxprune.compensation import check_compensation
+from onnxprune.compensation import compensation as compensations
 from onnxprune.cost import Cuts, counter
-from onnxprune.criteria import criterion as criteria
 from onnxprune.depth import Blocks, at_granularity, check_granularity, mixed
 from onnxprune.equivalence import influences
 from onnxprune.errors import OnnxPruneError, ProofError
@@ -24,14 +24,18 @@ from onnxprune.grouping import Grouping, group, without
 from onnxprune.importer import Model, load
 from onnxprune.moves import Moves
 from onnxprune.plans import Plan, match, read_plan
+from onnxprune.reconstruction import Refit
 from onnxprune.rewriter import rewrite
-from onnxprune.scopes import all_graphs, subgraphs
+from onnxprune.scoping import may_go
+from onnxprune.selection import AUTO, Losses, Scores, best_of, candidates, check_criterion, losses_of, scored
+from onnxprune.study import Study
 from onnxprune.verification import check_model, compare, prove_surgery
 
 Source = str | os.PathLike[str] | ModelProto
 Arrays = Mapping[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
 Progress = Callable[[str], None]
+Calibration = str | os.PathLike[str] | Arrays | Callable[[], Any]
 ROUNDS = 4  # of planning without the groups whose removal fails the proof
 
 
@@ -39,6 +43,7 @@ ROUNDS = 4  # of planning without the groups whose removal fails the proof
 class Result:
     """A pruned model, the plan that made it, its proof (None without verification), and its costs before and after.
 
+    refits: the layers that compensation fitted anew.
     macs, parameters: (before, after); reached: share of the budget that went; on_budget: within a point of what was asked.
     """
 
@@ -49,6 +54,7 @@ class Result:
     parameters: tuple[int, int]
     reached: float
     on_budget: bool
+    refits: tuple[Refit, ...] = field(default=(), repr=False)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -58,6 +64,7 @@ class Result:
             "on_budget": self.on_budget,
             "options": dict(self.plan.options),
             "proof": self.proof.to_json() if self.proof else None,
+            "refits": [vars(refit) for refit in self.refits],
         }
 
 
@@ -90,8 +97,12 @@ def prune(
     *,
     of: str = "macs",
     granularity: str = "channel",
-    criterion: str = "l2",
-    allocation: str = "uniform",
+    criterion: str | None = None,
+    allocation: str | None = None,
+    calibration: Calibration | None = None,
+    preprocess: str | None = None,
+    samples: int | None = None,
+    compensation: str | None = None,
     scope: Sequence[str] = (),
     exclude: Sequence[str] = (),
     layer_ratios: Mapping[str, float] | None = None,
@@ -109,6 +120,9 @@ def prune(
     granularity: `channel` (all widths, heads too), `head` (whole attention heads alone), `block` (whole residual branches) or
     `all`: branches first where that changes the outputs less, then channels.  criterion and allocation are about widths:
     branches go by how much the outputs change without them, for what they cost (`random`: by chance).
+    calibration: samples for what looks at activations (see `read_calibration`, whose `preprocess` and limit of `samples` these are):
+    with them the defaults are criterion `obs`, allocation `distortion` and compensation `reconstruct`, without them `l2`,
+    `uniform` and `none`; `auto` for criterion or allocation takes what changes the outputs least.
     scope, exclude, layer_ratios: globs over node and tensor names.  min_keep: units (or, below 1, the share) that every
     group keeps, residual branches apart.  Groups that the inputs do
     not exercise stay whole.  align: kept units are a multiple of it.  Deterministic for a seed.
@@ -121,34 +135,42 @@ def prune(
     check_ratio(ratio)
     check_budget(of)
     check_granularity(granularity)
-    score, _ = criteria.get(criterion), allocations.get(allocation)
+    given = calibration is not None and calibration != "none"
+    criterion = criterion or ("obs" if given else "l2")
+    allocation = allocation or (DISTORTION if given else "uniform")
+    compensation = compensation or ("reconstruct" if given else "none")
+    check_criterion(criterion, given)
+    check_allocation(allocation, given)
+    check_compensation(compensation, given)
     if min_keep < 0:
         raise OnnxPruneError(f"min-keep is {min_keep}; it is a share below 1 or a number of units, 0 at least")
     if align < 1:
         raise OnnxPruneError(f"align is {align}; it is a number of units, 1 at least")
     loaded = _load(model, feeds, input_shapes, progress)
+    data = read_calibration(calibration, loaded, preprocess=preprocess, limit=samples, seed=seed) if calibration is not None else None
     found = at_granularity(group(loaded, allow_io), granularity)
     grouping, proof, bench = _certified(found, feeds, seed, verify, progress)
     _some(grouping)
-    names = _names(grouping) if scope or exclude or layer_ratios else {}
-    chosen = {g.id for g in grouping.groups}
-    if scope:
-        chosen &= _matching(names, scope, "--scope", loaded)
-    if exclude:
-        chosen -= _matching(names, exclude, "--exclude", loaded)
+    chosen, shares = may_go(grouping, scope, exclude, layer_ratios or {})
     idle = set(proof.unexercised) if proof else set()
     if chosen and chosen <= idle:
         raise OnnxPruneError(f"{loaded.name}: these inputs exercise none of its groups, so nothing is proven; give --feeds that do", 3)
     chosen -= idle  # their coupling is not proven
-    shares: dict[int, float] = {}
-    for pattern, share in (layer_ratios or {}).items():
-        if not 0 <= share < 1:
-            raise OnnxPruneError(f"--layer-ratio {pattern}={share}: a ratio is at least 0 and below 1")
-        shares |= dict.fromkeys(_matching(names, [pattern], "--layer-ratio", loaded) & chosen, share)
+    shares = {g: share for g, share in shares.items() if g in chosen}
     if not chosen:
         raise OnnxPruneError(f"{loaded.name}: no group is left to prune; widen --scope or --exclude less", 3)
     _say(progress, f"scoring {len(chosen)} groups")
-    scores = {g.id: score(loaded, g, np.random.default_rng([seed, g.id])) for g in grouping.groups if g.id in chosen and g.branch is None}
+    study = Study(grouping, data, progress) if data is not None and data.count else None
+    limits = Limits(min_keep, align)
+    if study is not None and AUTO in (criterion, allocation):
+
+        def attempt(scores: Scores, rule: str, losses: Losses) -> Choice:
+            return _choice(None, grouping, scores, {}, ratio, of, rule, limits, shares, losses)
+
+        criterion, allocation, scores, losses = best_of(study, grouping, chosen, seed, attempt, candidates(criterion, allocation))
+    else:
+        scores = scored(grouping, chosen, criterion, seed, study)
+        losses = losses_of(grouping, scores, allocation, study)
     branches = [g for g in grouping.groups if g.id in chosen and g.branch is not None]
     lost: dict[int, float] = {}
     if branches:
@@ -164,6 +186,8 @@ def prune(
         "granularity": granularity,
         "criterion": criterion,
         "allocation": allocation,
+        "calibration": data.source if data is not None else None,
+        "compensation": compensation,
         "scope": list(scope),
         "exclude": list(exclude),
         "layer_ratios": dict(layer_ratios or {}),
@@ -175,12 +199,13 @@ def prune(
     }
     failure: ProofError | None = None
     for _ in range(ROUNDS):
-        choice = _choice(bench, grouping, scores, lost, ratio, of, allocation, Limits(min_keep, align), shares)
+        choice = _choice(bench, grouping, scores, lost, ratio, of, allocation, limits, shares, losses)
         if not choice.remove:
             break
         made = Plan(grouping, choice.remove, options, choice.reached)
         try:
-            return _finish(made, proof, bench, abs(choice.reached - ratio) <= 0.01, progress)
+            result = _finish(made, proof, bench, abs(choice.reached - ratio) <= 0.01, progress)
+            return _compensated(result, study, compensation, bench)
         except ProofError as error:
             failure = error
         _say(progress, f"planning again without {len(failure.groups)} groups")
@@ -307,6 +332,7 @@ def _choice(
     rule: str,
     limits: Limits,
     shares: Mapping[int, float],
+    losses: Losses = None,
 ) -> Choice:
     """Units to remove for a budget, by the `scores` of width groups and what the outputs have `lost` without each branch."""
 
@@ -314,7 +340,7 @@ def _choice(
         dead = Cuts(grouping).dead(cut)
         alive = {g.id for g in grouping.groups if not dead or any(m.tensor not in dead for m in g.members)}
         left = {g: s for g, s in scores.items() if g in alive}
-        return choose(grouping, left, ratio, of, rule, limits, {g: shares[g] for g in left if g in shares}, cut)
+        return choose(grouping, left, ratio, of, rule, limits, {g: shares[g] for g in left if g in shares}, cut, losses)
 
     if not lost or bench is None:
         return widths()
@@ -347,27 +373,14 @@ def why_not(grouping: Grouping) -> str:
     return "; ".join(reasons) or "it has no weights"
 
 
-def _names(grouping: Grouping) -> dict[int, set[str]]:
-    """For each group its tensors and the nodes that read them; for a residual branch all that is in it, and its Add."""
-    readers: dict[str, set[str]] = {}
-    for node in grouping.model.nodes:
-        bodies = (one for graph in subgraphs(node) for part in all_graphs(graph) for one in part.node)
-        for name in (*node.input, *(name for one in bodies for name in one.input)):  # a Loop reads what its body reads
-            readers.setdefault(name, set()).update({node.name, *node.output} - {""})
-    names = {g.id: set().union(*({m.tensor} | readers.get(m.tensor, set()) for m in g.members)) for g in grouping.groups}
-    for branch, own in ((g.branch, names[g.id]) for g in grouping.groups if g.branch is not None):
-        inside = branch.dead | {branch.output}
-        own |= inside | {n.name for n in grouping.model.nodes if inside.intersection(n.output)} - {""}
-    return names
-
-
-def _matching(names: Mapping[int, set[str]], patterns: Sequence[str], option: str, model: Model) -> set[int]:
-    """The groups that a glob matches; a glob that matches nothing in the model is the user's mistake."""
-    known = {*model.tensors, *(n.name for n in model.nodes), *(o for n in model.nodes for o in n.output)}
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
-            raise OnnxPruneError(f"{option} '{pattern}': no node or tensor of {model.name} has such a name; see `onnxprune groups`")
-    return {g for g, own in names.items() if any(fnmatch.fnmatchcase(name, p) for name in own for p in patterns)}
+def _compensated(result: Result, study: Study | None, name: str, bench: Bench | None) -> Result:
+    """The result with its weights compensated, where that is asked for; checked again, as numbers are new."""
+    if study is None or name == "none":
+        return result
+    model, refits = compensations.get(name)(replace(study, grouping=result.plan.grouping), result.plan, result.model)
+    if bench is not None:
+        check_model(bench, model, Moves(result.plan.grouping, after=result.plan.remove))
+    return replace(result, model=model, refits=tuple(refits))
 
 
 def _finish(made: Plan, proof: Proof | None, bench: Bench | None, on_budget: bool, progress: Progress | None) -> Result:

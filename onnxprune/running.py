@@ -23,11 +23,13 @@ LEAST, MOST = 1e-3, 2.5e-2  # standard deviations of a value: what always counts
 _WIDE = (TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
-def session(proto: ModelProto, provider: str = "CPUExecutionProvider", optimize: bool = False) -> ort.InferenceSession:
-    """A single-threaded onnxruntime session; raises OnnxPruneError (exit code 4) where onnxruntime does not take the model."""
+def session(proto: ModelProto, provider: str = "CPUExecutionProvider", optimize: bool = False, threads: int = 1) -> ort.InferenceSession:
+    """An onnxruntime session (threads 0: one a core); raises OnnxPruneError (exit code 4) where onnxruntime does not take the model."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     options.log_severity_level = 4
+    if threads != 1:  # threads that wait for work must not keep a core busy
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     skipped = ["Pad_Fusion"] if optimize else None

@@ -1,0 +1,84 @@
+"""Step 8: move what was lost into what stays, by the weights and biases that are there already.
+
+A compensation is a function (study, plan, pruned) -> (model, refits) registered under a name; it changes no shape and no node:
+
+    @compensation("half")
+    def half(study, plan, pruned):
+        return updated(plan, pruned, study.evidence, weights=False), []
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from onnx import ModelProto
+
+from onnxprune.errors import OnnxPruneError
+from onnxprune.leastsquares import Fit, shrunk
+from onnxprune.moments import Moments
+from onnxprune.oneshot import updated
+from onnxprune.plans import Plan
+from onnxprune.reconstruction import Refit, Solve, reconstruct
+from onnxprune.registry import Registry
+from onnxprune.study import Study
+
+Made = tuple[ModelProto, list[Refit]]
+Compensation = Callable[[Study, Plan, ModelProto], Made]
+compensation: Registry[Compensation] = Registry("compensation", "onnxprune.compensations")
+
+
+@compensation("none")
+def none(study: Study, plan: Plan, pruned: ModelProto) -> Made:
+    """What the surgery left."""
+    return pruned, []
+
+
+@compensation("mean")
+def mean(study: Study, plan: Plan, pruned: ModelProto) -> Made:
+    """What removed inputs were on average goes into the bias (An et al. 2024, FLAP, arXiv:2312.11983)."""
+    return updated(plan, pruned, study.evidence, weights=False), []
+
+
+@compensation("update")
+def update(study: Study, plan: Plan, pruned: ModelProto) -> Made:
+    """Least squares on the original's own activations: optimal brain surgeon's update, in one pass (OBSPA, arXiv:2403.18955)."""
+    return updated(plan, pruned, study.evidence), []
+
+
+@compensation("moments")
+def moments(study: Study, plan: Plan, pruned: ModelProto) -> Made:
+    """Every channel of every layer gets the mean and deviation that it had: batch-norm recalibration, norms folded or not."""
+    return _sequential(study, plan, pruned, match_moments)
+
+
+@compensation("reconstruct")
+def reconstructed(study: Study, plan: Plan, pruned: ModelProto) -> Made:
+    """Least squares towards the original, layer after layer, on what the pruned model makes (`reconstruction`)."""
+    return _sequential(study, plan, pruned, shrunk)
+
+
+def _sequential(study: Study, plan: Plan, pruned: ModelProto, solve: Solve) -> Made:
+    return reconstruct(plan, pruned, study.batches, solve, progress=study.progress)
+
+
+def match_moments(seen: Moments, held: Moments, matrix: np.ndarray, bias: np.ndarray, intercept: bool = True) -> Fit:
+    """Each output scaled and shifted to the targets' mean and variance; the scale within a factor of 10."""
+    both = seen + held
+    n = max(1, both.count)
+    x, y = both.means()
+    covariance = both.xx / n - x[:, :, None] * x[:, None, :]
+    now = np.einsum("gof,gof->go", matrix @ covariance, matrix)
+    wanted = np.maximum(both.yy / n - y**2, 0)
+    scale = np.clip(np.sqrt(wanted / np.maximum(now, 1e-30)), 0.1, 10) * (now > 0) + (now <= 0)
+    made = matrix * scale[:, :, None]
+    shifted = y - np.einsum("gof,gf->go", made, x) if intercept else bias
+    spread = max(both.spread(), 1e-30)
+    return Fit(made, shifted, 0.0, both.error(matrix, bias) / spread, both.error(made, shifted) / spread)
+
+
+def check_compensation(name: str, samples: bool) -> None:
+    """Raises OnnxPruneError where there is no such compensation, or where it needs samples and there are none."""
+    compensation.get(name)
+    if name != "none" and not samples:
+        raise OnnxPruneError(f"--compensation {name} fits to activations; give --calibration (samples, or 'noise')")

@@ -1,0 +1,118 @@
+"""What the calibration samples say of each group: moments of the features through which the layers read its units.
+
+A unit counts by what the layers that sum over it make of it, so a group's evidence is that of its readers: for each the features
+(an input channel of a convolution is as many features as its kernel has places) of every unit, their moments on the original
+model, and the layer's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxprune.capture import Tap
+from onnxprune.grouping import Group, Grouping
+from onnxprune.importer import Model
+from onnxprune.linear import CONVOLUTIONS, Geometry, Linear, geometry, linears
+from onnxprune.moments import Moments
+from onnxprune.running import Arrays
+
+Batches = Callable[[], Iterable[Arrays]]
+WIDEST = 8192  # features; of layers that read more no Gram matrix is kept
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How one layer reads a group.
+
+    features (units, places): the features of each unit; matrix (groups, out, features): the layer's weights; mean and rms (groups,
+    features), covariance (groups, features, features): of what it reads; power: mean square, summed over channels, of what its output goes
+    into: the residual stream behind an Add, else the output itself.
+    """
+
+    layer: Linear
+    features: np.ndarray
+    matrix: np.ndarray
+    mean: np.ndarray
+    rms: np.ndarray
+    covariance: np.ndarray
+    power: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """readings: for each group id how layers read it; samples: how many samples were seen."""
+
+    model: Model
+    readings: Mapping[int, tuple[Reading, ...]]
+    samples: int
+
+    def of(self, group: Group) -> tuple[Reading, ...]:
+        return self.readings.get(group.id, ())
+
+
+def features(layer: Linear, shape: Geometry, weight: np.ndarray, group: Group) -> np.ndarray | None:
+    """(units, places) features of each unit in what a layer reads; None where it does not sum over the group's units."""
+    axis = {"Conv": 1, "ConvTranspose": 0}.get(layer.op, 1 if shape.left or shape.flipped else 0)
+    for member in group.members:
+        if member.tensor == layer.weight and member.axis == axis:
+            break
+    else:
+        return None
+    if layer.op not in CONVOLUTIONS:
+        return member.indices
+    if layer.op == "ConvTranspose" and shape.group > 1:
+        return None
+    kernel = int(np.prod(weight.shape[2:]))
+    found: np.ndarray = (member.indices[:, :, None] * kernel + np.arange(kernel)).reshape(group.units, -1)
+    return found
+
+
+def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Callable[[str], None] | None = None) -> Evidence:
+    """Run the original over the samples, once, and sum up what the layers read."""
+    model = grouping.model
+    owned = {m.tensor for g in grouping.groups for m in g.members}
+    layers = []
+    for layer in linears(model):
+        weight = model.array(layer.weight)
+        shape = geometry(model.main[layer.node], layer.weight, weight.ndim)
+        if layer.weight not in owned:
+            continue
+        readers = {g.id: f for g in grouping.groups if g.branch is None and (f := features(layer, shape, weight, g)) is not None}
+        wide = shape.matrix(weight).shape
+        if readers and wide[2] <= WIDEST:
+            layers.append((layer, shape, weight, readers, Moments.zero(wide[0], wide[2], 0)))
+    goals = [layer.added[0] if layer.added else layer.output for layer, *_ in layers]
+    tap = Tap(model.proto, [*goals, *(layer.source for layer, *_ in layers)])
+    squares, seen = [0.0] * len(layers), [0] * len(layers)
+    samples = 0
+    total = sum(1 for _ in batches()) if layers else 0
+    for number, feeds in enumerate(batches()):
+        if progress:
+            progress(f"reading activations, batch {number + 1} of {total}")
+        values = tap.run(feeds)
+        samples += max((len(v) for v in feeds.values() if np.ndim(v)), default=1)
+        for position, (layer, shape, weight, _, moments) in enumerate(layers):
+            x = values[layer.source]
+            out = shape.out(x.shape, weight.shape)
+            rng = np.random.default_rng([position, number])
+            places = shape.choose(out, max(rows, 16 * moments.x.shape[1]) // total, feeds, rng)
+            kernel = weight.shape[2:] if layer.op in CONVOLUTIONS else ()
+            found = shape.rows(x, out, kernel, places)
+            moments.add(found, np.zeros((*found.shape[:2], 0), np.float32))
+            made = shape.targets(values[goals[position]], places)
+            squares[position] += float(np.einsum("gno,gno->", made, made, dtype=np.float64))
+            seen[position] += made.shape[1]
+    readings: dict[int, list[Reading]] = {}
+    for (layer, shape, weight, readers, moments), square, count in zip(layers, squares, seen, strict=True):
+        mean, _ = moments.means()
+        second = moments.xx / max(1, moments.count)
+        covariance = second - mean[:, :, None] * mean[:, None, :]
+        matrix = shape.matrix(weight)
+        rms = np.sqrt(np.maximum(np.einsum("gff->gf", second), 0))
+        power = square / max(1, count)
+        for owner, places in readers.items():
+            readings.setdefault(owner, []).append(Reading(layer, places, matrix, mean, rms, covariance, power))
+    return Evidence(model, {g: tuple(r) for g, r in readings.items()}, samples)

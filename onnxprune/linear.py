@@ -1,0 +1,270 @@
+"""The layers that multiply by a constant weight, each seen as a matrix product: rows of inputs times a matrix, plus a bias.
+
+What a layer reads to make one of its outputs is a row (of a convolution the window under the kernel), so that a convolution,
+a Gemm and a MatMul are the same thing: targets (rows, out) = rows (rows, features) · matrix (out, features)ᵀ + bias.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto
+
+from onnxprune.folding import attributes
+from onnxprune.importer import FLOATS, Model
+from onnxprune.running import Arrays
+
+CONVOLUTIONS = ("Conv", "ConvTranspose")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One layer of a model's main graph.
+
+    source: the value that it reads; weight: its tensor; bias: the tensor that is added, "" where none is; output: the value with
+    the bias added; add: the position of the node that adds a MatMul's bias, else -1; added: where the output goes into
+    an Add that is nothing else's, the value it makes and the other operand.
+    """
+
+    node: int
+    op: str
+    source: str
+    weight: str
+    bias: str
+    output: str
+    add: int = -1
+    added: tuple[str, str] | None = None
+
+    @property
+    def takes_bias(self) -> bool:
+        """Whether a bias can be given without another node."""
+        return bool(self.bias) or self.op in (*CONVOLUTIONS, "Gemm")
+
+
+def linears(model: Model) -> list[Linear]:
+    """The linear layers of the main graph, in its order: Conv, ConvTranspose, Gemm and MatMul whose weight no one else reads."""
+    reads = Counter(name for node in model.nodes for name in node.input if name)
+    reads.update(model.outputs)
+    readers: dict[str, list[int]] = {}
+    for index, node in enumerate(model.main):
+        for name in node.input:
+            readers.setdefault(name, []).append(index)
+    found = []
+    for index, node in enumerate(model.main):
+        layer = _linear(model, index, node)
+        if layer is None or reads[layer.weight] > 1:
+            continue
+        after = readers.get(layer.output, [])
+        if layer.op == "MatMul" and layer.weight == node.input[1] and len(after) == 1 and reads[layer.output] == 1:
+            layer = _with_bias(model, layer, after[0])
+            after = readers.get(layer.output, [])
+        if len(after) == 1 and reads[layer.output] == 1 and model.main[after[0]].op_type == "Add":
+            add = model.main[after[0]]
+            other = add.input[1 - list(add.input).index(layer.output)]
+            alike = model.shapes.get(other) == model.shapes.get(layer.output) == model.shapes.get(add.output[0])
+            if alike and other not in model.tensors and other != layer.output:
+                layer = Linear(**{**vars(layer), "added": (add.output[0], other)})
+        found.append(layer)
+    return found
+
+
+def _linear(model: Model, index: int, node: NodeProto) -> Linear | None:
+    """A node as a layer, if it is one whose inputs and output are floats of known shapes."""
+    if node.domain not in ("", "ai.onnx") or node.op_type not in (*CONVOLUTIONS, "Gemm", "MatMul"):
+        return None
+    position = 1
+    if node.op_type == "MatMul" and node.input[1] not in model.tensors:
+        position = 0
+    weight, source = node.input[position], node.input[1 - position]
+    tensor = model.tensors.get(weight)
+    if tensor is None or tensor.data_type not in FLOATS or source in model.tensors or weight in model.copies:
+        return None
+    if source not in model.shapes or node.output[0] not in model.shapes:
+        return None
+    if (node.op_type == "MatMul" and len(tensor.dims) != 2) or (node.op_type == "MatMul" and len(model.shapes[source]) < 2):
+        return None
+    given = attributes(node)
+    if node.op_type == "Gemm" and (given.get("transA", 0) or given.get("alpha", 1.0) != 1.0 or given.get("beta", 1.0) != 1.0):
+        return None
+    if node.op_type == "ConvTranspose" and ("output_shape" in given or given.get("auto_pad", "NOTSET") != "NOTSET"):
+        return None
+    bias = node.input[2] if len(node.input) > 2 and node.op_type != "MatMul" else ""
+    if bias and (bias not in model.tensors or math.prod(model.tensors[bias].dims) != model.shapes[node.output[0]][1]):
+        return None
+    return Linear(index, node.op_type, source, weight, bias, node.output[0])
+
+
+def _with_bias(model: Model, layer: Linear, reader: int) -> Linear:
+    """A MatMul together with the Add of a constant along its last axis that reads it."""
+    add = model.main[reader]
+    if add.op_type != "Add" or add.domain not in ("", "ai.onnx"):
+        return layer
+    other = add.input[1 - list(add.input).index(layer.output)]
+    tensor = model.tensors.get(other)
+    width = model.shapes[layer.output][-1]
+    if tensor is None or tensor.data_type not in FLOATS or other in model.copies:
+        return layer
+    if list(tensor.dims) != [1] * (len(tensor.dims) - 1) + [width] or add.output[0] not in model.shapes:
+        return layer
+    return Linear(layer.node, layer.op, layer.source, layer.weight, other, add.output[0], reader)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a layer's node, of the original or of the pruned model, reads its input: attributes, and which input is the weight."""
+
+    op: str
+    left: bool = False
+    flipped: bool = False
+    group: int = 1
+    strides: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
+    auto: str = "NOTSET"
+    extra: tuple[int, ...] = ()
+
+    def matrix(self, weight: np.ndarray) -> np.ndarray:
+        """A weight as (groups, out, features), float64; features are input channels, then the kernel's places."""
+        w = np.asarray(weight, np.float64)
+        if self.op == "Conv":
+            return np.asarray(w.reshape(self.group, w.shape[0] // self.group, -1))
+        if self.op == "ConvTranspose":
+            w = w.reshape(self.group, w.shape[0] // self.group, w.shape[1], -1)
+            return np.asarray(w.transpose(0, 2, 1, 3).reshape(self.group, w.shape[2], -1))
+        return np.asarray((w if self.left or self.flipped else w.T)[None])
+
+    def weight(self, matrix: np.ndarray, like: np.ndarray) -> np.ndarray:
+        """The inverse of `matrix`, in the shape and type of another weight."""
+        if self.op == "ConvTranspose":
+            groups, out, _ = matrix.shape
+            matrix = matrix.reshape(groups, out, like.shape[0] // groups, -1).transpose(0, 2, 1, 3)
+        elif self.op != "Conv" and not (self.left or self.flipped):
+            matrix = matrix[0].T
+        return np.ascontiguousarray(matrix.reshape(like.shape).astype(like.dtype))
+
+    def rows(self, x: np.ndarray, out: tuple[int, ...], kernel: tuple[int, ...], places: np.ndarray) -> np.ndarray:
+        """What the layer reads at some places of its output, (groups, rows, features).
+
+        out: the output's shape; kernel: the kernel's sizes; places: indices into the output's flattened spatial axes (of Gemm and
+        MatMul: into all axes but the channels').
+        """
+        if self.op not in CONVOLUTIONS:
+            return np.asarray(self._flat(x)[places][None])
+        spatial = out[2:]
+        at = np.unravel_index(places, spatial)
+        size, channels = x.shape[0], x.shape[1]
+        picked: list[np.ndarray] = []
+        valid = np.ones((len(places), *([1] * len(spatial))), bool)
+        before = self._before(x.shape[2:], spatial, kernel)
+        for axis, (p, k) in enumerate(zip(at, kernel, strict=True)):
+            offsets = np.arange(k) * self.dilations[axis]
+            if self.op == "Conv":
+                index = p[:, None] * self.strides[axis] - before[axis] + offsets
+                inside = (index >= 0) & (index < x.shape[2 + axis])
+            else:
+                index = p[:, None] + before[axis] - offsets
+                inside = index % self.strides[axis] == 0
+                index = index // self.strides[axis]
+                inside &= (index >= 0) & (index < x.shape[2 + axis])
+            shape = [len(places)] + [1] * len(spatial)
+            shape[1 + axis] = k
+            picked.append(np.where(inside, index, 0).reshape(shape))
+            valid = valid & inside.reshape(shape)
+        window: tuple[Any, ...] = (slice(None), slice(None), *picked)
+        found = x[window]  # (n, channels, rows, *kernel)
+        if not valid.all():
+            found = np.where(valid, found, x.dtype.type(0))
+        found = found.reshape(size, self.group, channels // self.group, len(places), -1)
+        return np.asarray(found.transpose(1, 0, 3, 2, 4).reshape(self.group, size * len(places), -1))
+
+    def targets(self, y: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """What the layer makes at these places, (groups, rows, out)."""
+        if self.op not in CONVOLUTIONS:
+            return np.asarray(self._flat(y)[places][None])
+        flat = y.reshape(y.shape[0], self.group, y.shape[1] // self.group, -1)[..., places]
+        return np.asarray(flat.transpose(1, 0, 3, 2).reshape(self.group, -1, y.shape[1] // self.group))
+
+    def out(self, x: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the output for the shapes of an input and of the weight."""
+        if self.op not in CONVOLUTIONS:
+            wide = weight[0 if self.left or self.flipped else 1]
+            return (*x[:-2], wide, x[-1]) if self.left else (*x[:-1], wide)
+        reach = [(k - 1) * d + 1 for k, d in zip(weight[2:], self.dilations, strict=True)]
+        pads = [a + b for a, b in zip(self.pads[: len(reach)], self.pads[len(reach) :], strict=True)]
+        sizes = zip(x[2:], reach, self.strides, pads, self.extra, strict=True)
+        if self.op == "ConvTranspose":
+            return (x[0], weight[1] * self.group, *((n - 1) * s + r - p + e for n, r, s, p, e in sizes))
+        if self.auto in ("SAME_UPPER", "SAME_LOWER"):
+            return (x[0], weight[0], *(-(-n // s) for n, _, s, _, _ in sizes))
+        return (x[0], weight[0], *((n + (0 if self.auto == "VALID" else p) - r) // s + 1 for n, r, s, p, _ in sizes))
+
+    def places(self, out: tuple[int, ...]) -> int:
+        """How many places there are to choose from, a sample of a convolution or a batch of another layer."""
+        if self.op in CONVOLUTIONS:
+            return math.prod(out[2:])
+        return math.prod(out) // max(1, out[-2 if self.left else -1])
+
+    def choose(self, out: tuple[int, ...], many: int, feeds: Arrays, rng: np.random.Generator) -> np.ndarray:
+        """Places, ascending, for about `many` rows of a batch; of sequences those that a mask among the feeds does not turn off."""
+        count = self.places(out)
+        if self.op in CONVOLUTIONS:
+            many = max(1, -(-many // out[0]))
+        else:
+            live = _live(feeds, out, count)
+            if live is not None:
+                return live if len(live) <= many else np.sort(rng.choice(live, many, replace=False))
+        return np.arange(count) if count <= many else np.sort(rng.choice(count, many, replace=False))
+
+    def _flat(self, x: np.ndarray) -> np.ndarray:
+        x = np.swapaxes(x, -1, -2) if self.left else x
+        return x.reshape(-1, x.shape[-1])
+
+    def _before(self, size: Sequence[int], spatial: Sequence[int], kernel: Sequence[int]) -> list[int]:
+        """Padding before each spatial axis."""
+        if self.auto not in ("SAME_UPPER", "SAME_LOWER"):
+            return [0] * len(spatial) if self.auto == "VALID" else list(self.pads[: len(spatial)])
+        found = []
+        for axis, (n, o, k) in enumerate(zip(size, spatial, kernel, strict=True)):
+            reach = (k - 1) * self.dilations[axis] + 1
+            total = max((o - 1) * self.strides[axis] + reach - n, 0)
+            found.append(total // 2 if self.auto == "SAME_UPPER" else total - total // 2)
+        return found
+
+
+def geometry(node: NodeProto, weight: str, rank: int) -> Geometry:
+    """How a node reads; rank: of its weight."""
+    given = attributes(node)
+    if node.op_type == "Gemm":
+        return Geometry("Gemm", flipped=bool(given.get("transB", 0)))
+    if node.op_type == "MatMul":
+        return Geometry("MatMul", left=node.input[0] == weight)
+    spatial = rank - 2
+    return Geometry(
+        node.op_type,
+        group=int(given.get("group", 1)),
+        strides=tuple(given.get("strides") or [1] * spatial),
+        dilations=tuple(given.get("dilations") or [1] * spatial),
+        pads=tuple(given.get("pads") or [0] * 2 * spatial),
+        auto=given.get("auto_pad", "NOTSET"),
+        extra=tuple(given.get("output_padding") or [0] * spatial),
+    )
+
+
+def _live(feeds: Arrays, out: tuple[int, ...], count: int) -> np.ndarray | None:
+    """The places of (batch, sequence) that an input of zeros and ones named a mask leaves on; None where there is no such input."""
+    for name, array in feeds.items():
+        if "mask" not in name.lower() or array.ndim != 2 or array.size != count or out[0] not in (array.shape[0], count):
+            continue
+        if np.isin(array, (0, 1)).all() and array.any():
+            return np.flatnonzero(array.ravel())
+    return None
+
+
+def made_by(nodes: Iterable[NodeProto]) -> dict[str, NodeProto]:
+    """The node that makes each value."""
+    return {out: node for node in nodes for out in node.output if out}

@@ -1,0 +1,77 @@
+"""Compensation in one shot: the readers' new weights in closed form from the original's own moments, without another pass.
+
+W′ = W·Σ₍:,K₎(Σ_KK + δI)⁻¹ over the features K that stay, and b′ = b + Wμ − W′μ_K: optimal brain surgeon's update of all at once.  Or
+only the bias: b′ = b + W_S μ_S, what the removed features S were on average (FLAP, arXiv:2312.11983).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import ModelProto, numpy_helper
+
+from onnxprune.elimination import DAMPING
+from onnxprune.evidence import Evidence, Reading
+from onnxprune.linear import CONVOLUTIONS
+from onnxprune.plans import Plan
+from onnxprune.reconstruction import Seat, give_bias, seats, tensors_of, write
+from onnxprune.rewriter import Widths
+
+
+def updated(plan: Plan, pruned: ModelProto, evidence: Evidence, weights: bool = True) -> ModelProto:
+    """A copy of the pruned model whose layers that lost inputs make up for them: in weights and bias, or in the bias alone."""
+    out = ModelProto()
+    out.CopyFrom(pruned)
+    gone: dict[str, np.ndarray] = {}
+    readings: dict[str, Reading] = {}
+    for group in plan.groups:
+        units = plan.remove.get(group.id, ())
+        for reading in evidence.of(group) if len(units) else ():
+            name = reading.layer.weight
+            readings[name] = reading
+            mask = gone.setdefault(name, np.zeros(reading.matrix.shape[2], bool))
+            mask[reading.features[units].ravel()] = True
+    widths = Widths(plan.grouping, plan.remove)
+    tensors = tensors_of(out)
+    for seat in seats(plan, out):
+        if seat.weight in readings:
+            _update(out, widths, seat, numpy_helper.to_array(tensors[seat.weight]), readings[seat.weight], ~gone[seat.weight], weights)
+    return out
+
+
+def _update(proto: ModelProto, widths: Widths, seat: Seat, weight: np.ndarray, reading: Reading, kept: np.ndarray, weights: bool) -> None:
+    sliced = seat.shape.matrix(weight)
+    groups = sliced.shape[0]
+    if sliced.shape[2] != kept.sum() or groups != reading.matrix.shape[0]:
+        return  # the layer has lost something else besides
+    given = numpy_helper.to_array(tensors_of(proto)[seat.bias]) if seat.bias else None
+    whole = _rows(widths, seat, reading.matrix, sliced)
+    if whole is None:
+        return
+    matrix = sliced
+    if weights:
+        sigma = reading.covariance
+        damping = DAMPING * np.maximum(np.einsum("gff->gf", sigma).mean(axis=1), 1e-20)[:, None, None]
+        left = sigma[:, kept][:, :, kept] + damping * np.eye(int(kept.sum()))
+        cross = whole @ sigma[:, :, kept] + damping * sliced
+        matrix = np.linalg.solve(left, cross.transpose(0, 2, 1)).transpose(0, 2, 1)
+        write(tensors_of(proto)[seat.weight], seat.shape.weight(matrix, weight))
+    if not seat.layer.takes_bias:
+        return
+    shift = np.einsum("gof,gf->go", whole, reading.mean) - np.einsum("gof,gf->go", matrix, reading.mean[:, kept])
+    old = np.zeros(shift.size) if given is None else np.asarray(given, np.float64).ravel()
+    shape, kind = ((shift.size,), weight.dtype) if given is None else (given.shape, given.dtype)
+    give_bias(proto, seat, (old + shift.ravel()).reshape(shape).astype(kind))
+
+
+def _rows(widths: Widths, seat: Seat, matrix: np.ndarray, sliced: np.ndarray) -> np.ndarray | None:
+    """The original weights of the outputs that stay, (groups, out that stay, all features); None where they are not clear."""
+    name = seat.layer.output
+    rank = len(widths.grouping.model.shapes[name])
+    axis = 1 if seat.layer.op in CONVOLUTIONS else rank - (2 if seat.shape.left else 1)
+    mask = widths.mask((name, axis))
+    if mask is None:
+        return matrix if matrix.shape[1] == sliced.shape[1] else None
+    rows = mask.reshape(matrix.shape[0], -1)
+    if mask.size != matrix.shape[0] * matrix.shape[1] or (rows.sum(axis=1) != sliced.shape[1]).any():
+        return None
+    return np.stack([block[keep] for block, keep in zip(matrix, rows, strict=True)])
