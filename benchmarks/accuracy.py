@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 PARTS = ("peers", "ours", "ablation", "minilm", "others")
 CIFAR = [name for name, subject in SUBJECTS.items() if subject.kind == "cifar"]
 OTHERS = [name for name, subject in SUBJECTS.items() if subject.kind == "other"]
-COMPENSATIONS = ("none", "mean", "moments", "reconstruct")
+COMPENSATIONS = ("none", "mean", "moments", "update", "reconstruct")
 Row = dict[str, Any]
 
 
@@ -125,7 +125,7 @@ Step = tuple[str, float, float]
 
 def note(steps: list[Step], text: str) -> None:
     """A step begins: its name without counts, now, and the largest resident size since the last one began."""
-    name = " ".join(word for word in text.partition(":")[0].split() if word.isalpha())
+    name = " ".join(word for word in text.partition(":")[0].split() if word.isalpha()).removesuffix(" of")
     steps.append((name, time.perf_counter(), resident("VmHWM")))
     Path("/proc/self/clear_refs").write_text("5")
 
@@ -229,14 +229,14 @@ def main() -> None:
     parser.add_argument(
         "--default",
         nargs=4,
-        default=["auto", "auto", "reconstruct", "data"],
+        default=["obs", "distortion", "reconstruct", "data"],
         metavar=("CRITERION", "ALLOCATION", "COMPENSATION", "CALIBRATION"),
         help="what the ablation and the other models start from",
     )
     parser.add_argument(
         "--free",
         nargs=4,
-        default=["auto", "auto", "reconstruct", "noise"],
+        default=["obs", "distortion", "reconstruct", "noise"],
         metavar=("CRITERION", "ALLOCATION", "COMPENSATION", "CALIBRATION"),
         help="what is shown as onnxprune without samples, of the rows that are there",
     )

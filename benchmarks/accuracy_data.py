@@ -138,7 +138,7 @@ def write(name: str, folder: Path) -> None:
         return
     for which, arrays in zip(("calibration", "eval"), make(), strict=True):
         first = input_name(REAL / f"{name}.onnx")
-        content = {key or first: np.ascontiguousarray(array) for key, array in arrays.items()}
+        content = {key or first: np.array(array, order="C") for key, array in arrays.items()}
         np.savez(folder / f"{name}.{which}.npz", **content)  # type: ignore[arg-type]
 
 
