@@ -165,6 +165,8 @@ def markdown(rows: list[Row], names: Sequence[str], without: Sequence[str]) -> s
         parts.append(f"## What each compensation adds\n\n{ablation(cifar, default)}")
     if minilm:
         parts.append(f"## all-MiniLM-L6-v2\n\nMean cosine of the sentence embeddings to the original's.\n\n{matrix(minilm, ['minilm'])}")
+    if any("failed" in row for row in minilm):
+        parts.append(f"What fails:\n\n{failures(minilm)}")
     if others:
         parts.append(f"## The other models\n\nWithout and with the default's compensation.\n\n{fidelity(others, default)}")
     if any("steps" in row for row in options(rows, **default)):
