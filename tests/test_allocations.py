@@ -187,3 +187,13 @@ def test_what_is_put_back_computes_what_was_left(name: str, biased: bool) -> Non
     whole = gather(result.plan.grouping, lambda: [{"x": x}])
     again = gather(back, lambda: [{"x": x}])
     assert {g: len(r) for g, r in again.readings.items()} == {g: len(r) for g, r in whole.readings.items()}
+
+
+def test_numbers_keep_their_rank_from_step_to_step() -> None:
+    body = """k = Range(zero, eight, one) m = Cast<to=1>(k) h = Gemm<transB=1>(x, u) r = Tanh(h) e = Gemm<transB=1>(r, v)
+              n = Add(e, m) s = Mul(n, half) y = Gemm<transB=1>(s, w)"""
+    numbers = {"zero": np.array(0), "eight": np.array(8), "one": np.array(1), "half": np.array(0.5, np.float32)}
+    model = build("float[N, 4] x", body, "float[N, 3] y", {"u": (16, 4), "v": (8, 16), "w": (3, 8), **numbers})
+    x = np.random.default_rng(0).standard_normal((32, 4)).astype(np.float32)
+    result = onnxprune.prune(model, 0.4, calibration={"x": x}, steps=3)
+    assert result.reached == pytest.approx(0.4, abs=0.05)
