@@ -107,12 +107,14 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
             seen[position] += made.shape[1]
     readings: dict[int, list[Reading]] = {}
     for (layer, shape, weight, readers, moments), square, count in zip(layers, squares, seen, strict=True):
+        if not (moments.finite and np.isfinite(square)):
+            continue  # its squares are no numbers
         mean, _ = moments.means()
         second = moments.xx / max(1, moments.count)
         covariance = second - mean[:, :, None] * mean[:, None, :]
         matrix = shape.matrix(weight)
         rms = np.sqrt(np.maximum(np.einsum("gff->gf", second), 0))
-        power = square / max(1, count)
+        power = max(square / max(1, count), 1e-20)
         for owner, places in readers.items():
             readings.setdefault(owner, []).append(Reading(layer, places, matrix, mean, rms, covariance, power))
     return Evidence(model, {g: tuple(r) for g, r in readings.items()}, samples)

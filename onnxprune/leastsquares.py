@@ -23,8 +23,7 @@ def shrunk(seen: Moments, held: Moments, matrix: np.ndarray, bias: np.ndarray, i
 
     Where the layer as it is does best on those, it stays as it is.
     """
-    before = held.error(matrix, bias)
-    best, error = None, before
+    best, error = None, held.error(matrix, bias)
     if seen.count:
         for shrinkage in (*SHRINKAGES, np.inf):
             missed = held.error(*fit(seen, matrix, bias, shrinkage, intercept))

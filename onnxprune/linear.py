@@ -18,6 +18,7 @@ from onnx import NodeProto, TensorProto
 from onnxprune.folding import attributes
 from onnxprune.importer import FLOATS, Model
 from onnxprune.running import Arrays
+from onnxprune.scopes import captured
 
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 
@@ -50,6 +51,8 @@ def linears(model: Model) -> list[Linear]:
     """The linear layers of the main graph, in its order: Conv, ConvTranspose, Gemm and MatMul whose weight no one else reads."""
     reads = Counter(name for node in model.nodes for name in node.input if name)
     reads.update(model.outputs)
+    for node in model.main:
+        reads.update(captured(node))
     readers: dict[str, list[int]] = {}
     for index, node in enumerate(model.main):
         for name in node.input:

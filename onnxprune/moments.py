@@ -39,9 +39,15 @@ class Moments:
         self.count += rows.shape[1]
         self.x += rows.sum(axis=1, dtype=np.float64)
         self.y += targets.sum(axis=1, dtype=np.float64)
-        self.xx += np.matmul(rows.transpose(0, 2, 1), rows)
-        self.yx += np.matmul(targets.transpose(0, 2, 1), rows)
+        with np.errstate(over="ignore", invalid="ignore"):  # `finite` says so
+            self.xx += np.matmul(rows.transpose(0, 2, 1), rows)
+            self.yx += np.matmul(targets.transpose(0, 2, 1), rows)
         self.yy += np.einsum("gno,gno->go", targets, targets, dtype=np.float64)
+
+    @property
+    def finite(self) -> bool:
+        """Whether the squares of what was seen are numbers, so that something can be fitted to it."""
+        return all(bool(np.isfinite(array).all()) for array in (self.x, self.y, self.xx, self.yx, self.yy))
 
     def __add__(self, other: Moments) -> Moments:
         mine, theirs = vars(self), vars(other)

@@ -124,9 +124,15 @@ def _fit(proto: ModelProto, seat: Seat, observed: Observed, solve: Solve) -> Fit
     groups, wide, _ = matrix.shape
     given = numpy_helper.to_array(tensors[seat.bias]) if seat.bias else None
     bias = np.zeros((groups, wide)) if given is None else np.asarray(given, np.float64).reshape(groups, wide)
+    if not (observed.seen.finite and observed.held.finite):
+        return Fit(matrix, bias, np.inf, np.nan, np.nan)
     found = solve(observed, matrix, bias, seat.layer.takes_bias)
-    write(tensors[seat.weight], seat.shape.weight(found.matrix, weight))
+    shape, kind = (given.shape, given.dtype) if given is not None else ((found.bias.size,), weight.dtype)
+    with np.errstate(over="ignore"):
+        fitted, shift = seat.shape.weight(found.matrix, weight), found.bias.reshape(shape).astype(kind)
+    if not (np.isfinite(np.asarray(fitted, np.float32)).all() and np.isfinite(np.asarray(shift, np.float32)).all()):
+        return Fit(matrix, bias, np.inf, found.before, found.before)  # half precision does not hold what was found
+    write(tensors[seat.weight], fitted)
     if seat.layer.takes_bias:
-        shape, kind = (given.shape, given.dtype) if given is not None else ((found.bias.size,), weight.dtype)
-        give_bias(proto, seat, found.bias.reshape(shape).astype(kind))
+        give_bias(proto, seat, shift)
     return found

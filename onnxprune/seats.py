@@ -12,6 +12,7 @@ from onnxprune.folding import attributes
 from onnxprune.importer import Model
 from onnxprune.linear import Geometry, Linear, geometry, linears, made_by
 from onnxprune.plans import Plan
+from onnxprune.scopes import captured
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ def give_bias(proto: ModelProto, seat: Seat, bias: np.ndarray) -> None:
     """Write a layer's bias: into its tensor if no other node reads it, else into one of its own."""
     made = made_by(proto.graph.node)
     node = made[seat.layer.output if seat.layer.add >= 0 else seat.node.output[0]]
-    readers = sum(list(other.input).count(seat.bias) for other in proto.graph.node) if seat.bias else 0
-    if readers == 1:
+    readers = sum(list(other.input).count(seat.bias) + (seat.bias in captured(other)) for other in proto.graph.node) if seat.bias else 0
+    if readers == 1 and all(value.name != seat.bias for value in proto.graph.output):
         write(tensors_of(proto)[seat.bias], bias)
         return
     taken = {t.name for t in proto.graph.initializer} | set(made) | {v.name for v in proto.graph.input}
