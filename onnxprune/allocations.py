@@ -152,7 +152,7 @@ def choose(
             strong, high = middle, kept
         if low == high or abs(reached(high) - ratio) < 2e-4:
             break
-    best = _between(low, high, lambda kept: reached(kept) - ratio)
+    best = _between(low, high, limits.align, lambda kept: reached(kept) - ratio)
     best = _nudge(best, units, limits, lambda kept: reached(kept) - ratio, set(only) - set(shares))
     remove = {b: np.zeros(1, np.int64) for b in cut}
     for g, keep in best.items():
@@ -213,17 +213,29 @@ def split(losses: Mapping[int, np.ndarray], saved: Mapping[int, np.ndarray], str
 Kept = dict[int, int]
 
 
-def _between(low: Kept, high: Kept, miss: Callable[[Kept], float]) -> Kept:
-    """Take groups over from low to high, one by one, and stop where the budget is met best."""
+def _between(low: Kept, high: Kept, align: int, miss: Callable[[Kept], float]) -> Kept:
+    """Take groups over from low to high, one by one, the last of them in part, and stop where the budget is met best."""
     differ = [g for g in high if low.get(g) != high[g]]
-    a, b = 0, len(differ)
+    options = [low | {g: high[g] for g in differ[:k]} for k in _around(len(differ), lambda k: miss(low | {g: high[g] for g in differ[:k]}))]
+    last = [g for g in differ if options[0].get(g) != options[-1][g]]
+    if last and last[0] in low:  # many of its units may score alike
+        group = last[0]
+        keep = [n for n in range(low[group] - 1, high[group], -1) if n % align == 0]
+        parts = [options[0] | {group: n} for n in keep]
+        options += [parts[k] for k in _around(len(parts) - 1, lambda k: miss(parts[k]))] if parts else []
+    return min(options, key=lambda kept: abs(miss(kept)))
+
+
+def _around(most: int, miss: Callable[[int], float]) -> tuple[int, int]:
+    """The two neighbours among 0 … most between which a rising function passes zero, by bisection."""
+    a, b = 0, max(most, 0)
     while b - a > 1:
         middle = (a + b) // 2
-        if miss(low | {g: high[g] for g in differ[:middle]}) < 0:
+        if miss(middle) < 0:
             a = middle
         else:
             b = middle
-    return min((low | {g: high[g] for g in differ[:k]} for k in (a, b)), key=lambda kept: abs(miss(kept)))
+    return a, b
 
 
 def _nudge(kept: Kept, units: Mapping[int, int], limits: Limits, miss: Callable[[Kept], float], free: set[int]) -> Kept:

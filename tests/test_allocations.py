@@ -99,6 +99,24 @@ def test_every_allocation_lands_on_the_budget(rule: str, ratio: float) -> None:
     assert result.on_budget
 
 
+@pytest.mark.parametrize("rule", ["uniform", "global", "standardized", "distortion"])
+@pytest.mark.parametrize("align", [1, 4])
+def test_units_that_score_alike_need_not_go_together(rule: str, align: int) -> None:
+    weights: dict[str, Weight] = {name: np.ones(shape, np.float32) for name, shape in (("u", (120, 8)), ("v", (80, 120)), ("w", (8, 80)))}
+    model = build(
+        "float[N, 8] x",
+        "h = Gemm<transB=1>(x, u) r = Tanh(h) i = Gemm<transB=1>(r, v) s = Tanh(i) y = Gemm<transB=1>(s, w)",
+        "float[N, 8] y",
+        weights,
+    )
+    x = np.random.default_rng(1).standard_normal((32, 8)).astype(np.float32)
+    for criterion in ("l2", "fluctuation"):
+        result = onnxprune.prune(
+            model, 0.35, calibration={"x": x}, criterion=criterion, allocation=rule, align=align, compensation="none", verify=False
+        )
+        assert result.reached == pytest.approx(0.35, abs=0.01 if align == 1 else 0.02)
+
+
 def sided(kind: str = "good") -> ModelProto:
     """Two layers of 16 channels whose first 8 carry nearly all there is."""
     weights: dict[str, Any] = {}
@@ -165,7 +183,7 @@ def test_what_goes_in_one_step_stays_gone_in_the_next(criterion: str, rule: str,
         assert all(set(units) <= set(other[g]) for g, units in one.items() if g in other)
         assert sum(map(len, one.values())) < sum(map(len, other.values()))
     assert found[0].model == found[1].model  # deterministic for a seed
-    assert found[0].on_budget
+    assert found[0].reached == pytest.approx(0.6, abs=0.03)  # a unit is a point or more
 
 
 @pytest.mark.parametrize("name", ["mean", "reconstruct"])
