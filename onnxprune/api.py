@@ -70,7 +70,7 @@ class Result:
             "on_budget": self.on_budget,
             "options": dict(self.plan.options),
             "proof": self.proof.to_json() if self.proof else None,
-            "refits": [vars(refit) for refit in self.refits],
+            "refits": [refit.to_json() for refit in self.refits],
             "fidelity": [found.to_json() for found in self.fidelity] if self.fidelity else None,
         }
 

@@ -6,8 +6,10 @@ that the error that has come along the residual stream is taken back in the bran
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, numpy_helper
@@ -40,6 +42,10 @@ class Refit:
     before: float
     after: float
     shrinkage: float
+
+    def to_json(self) -> dict[str, Any]:
+        """An infinite shrinkage (the weights stay as they are) is None: JSON has no infinity."""
+        return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in vars(self).items()}
 
 
 Solve = Callable[[Observed, np.ndarray, np.ndarray, bool], Fit]
@@ -95,11 +101,11 @@ def _observe(
     original = Tap(plan.grouping.model.proto, [seat.goal for seat in stage])
     weights = [numpy_helper.to_array(tensors[seat.weight]) for seat in stage]
     found = [Observed.of(seat.shape.matrix(weight).shape, seat.bounds) for seat, weight in zip(stage, weights, strict=True)]
-    every = max(2, round(1 / held))
+    every = max(2, min(round(1 / held), total))  # one batch is held out where there are two
     for number, feeds in enumerate(batches()):
         now, then = mine.run(feeds), original.run(feeds)
         for position, (seat, weight) in enumerate(zip(stage, weights, strict=True)):
-            goal = _kept(then[seat.goal], widths, seat.goal)
+            goal = widths.cut(seat.goal, then[seat.goal])
             many = max(ROWS, 16 * found[position].seen.x.shape[1]) // total
             places = seat.shape.choose(goal.shape, many, feeds, np.random.default_rng([position, number]))
             kernel = weight.shape[2:] if seat.shape.op in CONVOLUTIONS else ()
@@ -108,15 +114,6 @@ def _observe(
             beside = seat.shape.targets(now[seat.other], places) if seat.other else np.zeros_like(wanted)
             found[position].add(rows, wanted, beside, number % every == every - 1, total)
     return found
-
-
-def _kept(array: np.ndarray, widths: Widths, name: str) -> np.ndarray:
-    """A value of the original without the removed units."""
-    for axis in range(array.ndim):
-        mask = widths.mask((name, axis))
-        if mask is not None:
-            array = np.compress(mask, array, axis=axis)
-    return array
 
 
 def _fit(proto: ModelProto, seat: Seat, observed: Observed, solve: Solve) -> Fit:

@@ -10,15 +10,14 @@ import numpy as np
 from onnxprune.allocations import BALANCED, DISTORTION, MEASURED, Choice
 from onnxprune.compensation import compensation
 from onnxprune.criteria import criterion as criteria
-from onnxprune.equivalence import distortion
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Grouping
 from onnxprune.plans import Plan
 from onnxprune.reconstruction import reconstruct
-from onnxprune.rewriter import rewrite
+from onnxprune.rewriter import Widths, rewrite
 from onnxprune.rounds import put_back
 from onnxprune.saliency import measured
-from onnxprune.sensitivity import curves, outputs_of
+from onnxprune.sensitivity import change, curves, outputs_of
 from onnxprune.study import Study
 
 AUTO, PCA = "auto", "pca"
@@ -105,15 +104,14 @@ def _pairs(criterion: str, allocation: str) -> list[tuple[str, str]]:
 
 def _change(study: Study, grouping: Grouping, choice: Choice) -> float:
     """How much the outputs change on samples that the fit has not seen, when the model is pruned so and its layers fitted anew."""
-    part, held = study.samples.split(0.8)
-    part = part if part.count <= FITTED else part.split(FITTED / part.count)[0]
+    part, held = study.apart(0.8, FITTED)
     feeds = list(held.batches(study.batch))
     plan = Plan(grouping, choice.remove)
     try:
         pruned, _ = reconstruct(
             plan, study.finish(rewrite(grouping, choice.remove)), lambda: part.batches(study.batch), progress=study.progress
         )
-        return distortion(outputs_of(grouping.model.proto, feeds), outputs_of(pruned, feeds))
+        return change(outputs_of(grouping.model.proto, feeds), outputs_of(pruned, feeds), Widths(grouping, choice.remove))
     except OnnxPruneError:
         return float("inf")
 
