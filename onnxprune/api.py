@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from onnxprune.allocations import DISTORTION, Choice, Limits, check_allocation, check_budget, check_ratio, choose
+from onnxprune.allocations import BALANCED, DISTORTION, Choice, Limits, check_allocation, check_budget, check_ratio, choose
 from onnxprune.branches import with_branches
 from onnxprune.calibration import read_calibration
 from onnxprune.certificate import Bench, Proof, certify, prepare
@@ -28,6 +28,7 @@ from onnxprune.plans import Plan, match, read_plan
 from onnxprune.reconstruction import Refit
 from onnxprune.rewriter import rewrite
 from onnxprune.rotation import Rotated, rotate
+from onnxprune.saliency import measured
 from onnxprune.scoping import may_go
 from onnxprune.selection import PCA, Losses, Scores, check_criterion, in_steps, select
 from onnxprune.study import Study
@@ -128,7 +129,7 @@ def prune(
     `all`: branches first where that changes the outputs less, then channels.  criterion and allocation are about widths:
     branches go by how much the outputs change without them, for what they cost (`random`: by chance).
     calibration: samples for what looks at activations (see `read_calibration`, whose `preprocess` and limit of `samples` these are):
-    with them the defaults are criterion `obs`, allocation `distortion` and compensation `reconstruct`, without them `l2`,
+    with them the defaults are criterion `obs`, allocation `balanced` and compensation `reconstruct`, without them `l2`,
     `uniform` and `none`; `auto` for criterion or allocation takes what changes the outputs least.  steps: rounds in which units
     are chosen, each on what the round before left and fitted.
     scope, exclude, layer_ratios: globs over node and tensor names.  min_keep: units (or, below 1, the share) that every
@@ -145,7 +146,7 @@ def prune(
     check_granularity(granularity)
     given = calibration is not None and calibration != "none"
     criterion = criterion or ("obs" if given else "l2")
-    allocation = allocation or (DISTORTION if given and criterion != PCA else "uniform")
+    allocation = allocation or _allocation_for(criterion, given)
     compensation = compensation or ("reconstruct" if given else "none")
     check_criterion(criterion, given)
     check_allocation(allocation, given)
@@ -354,6 +355,13 @@ def _certified(
     if not verify or not grouping.groups:
         return grouping, None, None
     return certify(grouping, feeds, seed, progress=progress)
+
+
+def _allocation_for(criterion: str, samples: bool) -> str:
+    """The default: what was measured, balanced with scores where these are shares of what layers make."""
+    if not samples or criterion == PCA:
+        return "uniform"
+    return BALANCED if criterion in (*measured.names(), "auto") else DISTORTION
 
 
 def _choice(

@@ -18,8 +18,10 @@ from onnxprune.capture import Tap
 from onnxprune.cost import count_macs
 from onnxprune.leastsquares import reconstructed
 from onnxprune.linear import CONVOLUTIONS
+from onnxprune.matching import Matched, match, narrowed
 from onnxprune.moments import Observed
 from onnxprune.plans import Plan
+from onnxprune.products import Product
 from onnxprune.rewriter import Widths
 from onnxprune.ridge import Fit
 from onnxprune.running import Arrays
@@ -49,6 +51,7 @@ class Refit:
 
 
 Solve = Callable[[Observed, np.ndarray, np.ndarray, bool], Fit]
+Match = Callable[[Plan, ModelProto, Product, Batches, float], Matched | None]
 
 
 def reconstruct(
@@ -56,6 +59,7 @@ def reconstruct(
     pruned: ModelProto,
     batches: Batches,
     solve: Solve = reconstructed,
+    matched: Match | None = match,
     held: float = 0.25,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[ModelProto, list[Refit]]:
@@ -63,21 +67,39 @@ def reconstruct(
 
     batches: yields feeds anew at each call; every fourth batch (`held`: the share) chooses the shrinkage.  Tensors keep their names
     and shapes; a Conv, ConvTranspose or Gemm without a bias gets one.  Where a pass for each layer would take long, several layers
-    share one, and only layers that lost inputs are fitted.
+    share one, and only layers that lost inputs are fitted.  matched: fits products of two activations that lost terms, such as queries
+    by keys, when the layers before them are done; None: they are left alone.
     """
     out = ModelProto()
     out.CopyFrom(pruned)
     widths = Widths(plan.grouping, plan.remove)
     sizes = [max((len(v) for v in feeds.values() if np.ndim(v)), default=1) for feeds in batches()]
     stages = _stages(plan, seats(plan, out), sum(sizes))
+    waiting = narrowed(plan, out) if matched is not None else []
     report: list[Refit] = []
     for number, stage in enumerate(stages):
+        while matched is not None and waiting and waiting[0].node < stage[0].layer.node:
+            report += _matched(plan, out, waiting.pop(0), batches, matched, held, progress)
         if progress:
             progress(f"fitting the layers that stay, pass {number + 1} of {len(stages)}")
         for seat, observed in zip(stage, _observe(plan, out, widths, stage, batches, len(sizes), held), strict=True):
             fitted = _fit(out, seat, observed, solve)
             report.append(Refit(seat.node.name or seat.node.output[0], fitted.before, fitted.after, fitted.shrinkage))
+    while matched is not None and waiting:
+        report += _matched(plan, out, waiting.pop(0), batches, matched, held, progress)
     return out, report
+
+
+def _matched(
+    plan: Plan, proto: ModelProto, product: Product, batches: Batches, solve: Match, held: float, progress: Callable[[str], None] | None
+) -> list[Refit]:
+    """Fit a product; nothing to report where that is not possible."""
+    node = plan.grouping.model.main[product.node]
+    name = node.name or node.output[0]
+    found = solve(plan, proto, product, batches, held)
+    if progress:
+        progress(f"fitted {name}" if found else f"{name} is left alone: more than reshapes and a scale is between it and the layers before")
+    return [Refit(name, found.before, found.after, found.shrinkage)] if found else []
 
 
 def _stages(plan: Plan, todo: list[Seat], samples: int) -> list[list[Seat]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnxprune.allocations import DISTORTION, Choice
+from onnxprune.allocations import BALANCED, DISTORTION, MEASURED, Choice
 from onnxprune.compensation import compensation
 from onnxprune.criteria import criterion as criteria
 from onnxprune.errors import OnnxPruneError
@@ -21,7 +21,7 @@ from onnxprune.sensitivity import change, curves, outputs_of
 from onnxprune.study import Study
 
 AUTO, PCA = "auto", "pca"
-CANDIDATES = (("obs", DISTORTION), ("obs", "global"), ("fluctuation", "standardized"), ("l2", "uniform"))
+CANDIDATES = (("obs", BALANCED), ("obs", DISTORTION), ("obs", "global"), ("fluctuation", "standardized"), ("l2", "uniform"))
 FITTED = 256  # samples to which candidates are fitted
 Scores = dict[int, np.ndarray]
 Losses = Mapping[int, np.ndarray] | None
@@ -52,9 +52,12 @@ def scored(grouping: Grouping, ids: Collection[int], name: str, seed: int, study
 
 def losses_of(grouping: Grouping, scores: Mapping[int, np.ndarray], allocation: str, study: Study | None) -> Losses:
     """What the outputs lose at each number of units removed, where the allocation goes by that; None otherwise."""
-    if allocation != DISTORTION or study is None:
+    if allocation not in MEASURED or study is None:
         return None
-    return curves(grouping, study.evidence, scores, study.few(), progress=study.progress, finish=study.finish)
+    found = curves(grouping, study.evidence, scores, study.few(), progress=study.progress, finish=study.finish)
+    if allocation == DISTORTION:
+        return found
+    return {g: np.sqrt(curve * np.concatenate([[0.0], np.cumsum(np.maximum(np.sort(scores[g]), 0))])) for g, curve in found.items()}
 
 
 @dataclass(frozen=True)
