@@ -113,6 +113,21 @@ def test_unusual_samples(x: np.ndarray, compensation: str, tmp_path: Path) -> No
     assert said["fidelity"] is not None
 
 
+@pytest.mark.parametrize("criterion", ["obs", "fluctuation", "wanda"])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e25])
+def test_unusual_samples_of_a_transformer(scale: float, criterion: str, tmp_path: Path) -> None:
+    body = """n = LayerNormalization(x, g, e) q = MatMul(n, wq) k = MatMul(n, wk) v = MatMul(n, wv) t = Transpose<perm=[0,2,1]>(k)
+              l = MatMul(q, t) p = Softmax(l) a = MatMul(p, v) o = MatMul(a, wo) s = Add(x, o) m = LayerNormalization(s, f, b)
+              h = MatMul(m, w1) d = Add(h, b1) c = Relu(d) z = MatMul(c, w2) r = Add(z, b2) y = Add(s, r)"""
+    square: dict[str, Weight] = dict.fromkeys(("wq", "wk", "wv", "wo"), (8, 8))
+    more: dict[str, Weight] = {"g": (8,), "e": (8,), "f": (8,), "b": (8,), "w1": (8, 16), "b1": (16,), "w2": (16, 8), "b2": (8,)}
+    model = build("float[N, 5, 8] x", body, "float[N, 5, 8] y", square | more)
+    x = (scale * RNG.standard_normal((24, 5, 8))).astype(np.float32)
+    out, said = pruned(tmp_path, model, {"x": x}, "--criterion", criterion)
+    assert all(np.isfinite(a).all() for a in arrays(out).values())
+    assert said["fidelity"] is not None
+
+
 def test_two_batches_are_enough_to_fit() -> None:
     result = onnxprune.prune(net(), 0.4, calibration={"x": X[:2]})
     assert any(refit.after < 0.9 * refit.before for refit in result.refits)

@@ -389,6 +389,31 @@ def test_refits_say_the_errors_that_onnxruntime_finds(activation: str) -> None:
     assert result.refits[0].after < result.refits[0].before
 
 
+@pytest.mark.parametrize("activation", ["Relu", "Tanh"])
+def test_a_branch_takes_back_what_the_residual_stream_has_lost(activation: str) -> None:
+    """The last layer of the second branch is fitted to the sum, in which the stream is as the pruned model makes it."""
+    body = f"""s0 = Conv<pads=[1,1,1,1]>(x, u) h = Conv<pads=[1,1,1,1]>(s0, v, b) r = Relu(h) i = Conv(r, w) s1 = Add(s0, i)
+               k = Conv<pads=[1,1,1,1]>(s1, m, c) t = Relu(k) l = Conv(t, n, d) s2 = Add(l, s1) z = {activation}(s2)
+               p = GlobalAveragePool(z) f = Flatten(p) y = Gemm<transB=1>(f, o)"""
+    shapes = {"u": (8, 3, 3, 3), "v": (12, 8, 3, 3), "w": (8, 12, 1, 1), "m": (12, 8, 3, 3), "n": (8, 12, 1, 1), "o": (4, 8)}
+    weights: dict[str, Weight] = {**shapes, "b": (12,), "c": (12,), "d": (8,)}
+    model = build("float[N, 3, 6, 6] x", body, "float[N, 4] y", weights)
+    x = np.random.default_rng(3).standard_normal((64, 3, 6, 6)).astype(np.float32)
+    result = onnxprune.prune(model, 0.5, calibration={"x": x}, criterion="l2", allocation="uniform", compensation="reconstruct")
+    refits = {refit.node: refit for refit in result.refits}
+    surgery, after = arrays(onnxprune.apply(model, result.plan).model), arrays(result.model)
+    stream = next(g for g in result.plan.groups if any(m.tensor == "u" for m in g.members))
+    value = "z" if activation == "Relu" else "s2"
+    wanted = np.delete(run(watched(model, value), {"x": x})[value], result.plan.remove[stream.id], axis=1)
+    errors = []
+    for held in (surgery, after):
+        made = run(watched(changed(result.model, {name: held[name] for name in "nd"}), value), {"x": x})[value]
+        errors.append(float(((made - wanted) ** 2).sum()))
+    assert refits["l"].after / refits["l"].before == pytest.approx(errors[1] / errors[0], rel=2e-2)
+    assert errors[1] < 0.8 * errors[0]
+    not_worse(result)
+
+
 def not_worse(result: Result) -> None:
     worse = [(r.node, r.before, r.after) for r in result.refits if not r.after <= r.before * (1 + 1e-5) + 1e-9]
     assert not worse
