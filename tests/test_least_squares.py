@@ -362,17 +362,19 @@ def test_the_consumer_of_pruned_channels_is_the_direct_ridge_solution(kind: str)
 
 
 def three_deep(activation: str = "Relu") -> tuple[ModelProto, np.ndarray]:
-    body = f"""h = Conv<pads=[1,1,1,1]>(x, u, a) r = {activation}(h) i = Conv<pads=[1,1,1,1]>(r, v, b) s = {activation}(i)
+    limits = ", low, high" if activation == "Clip" else ""
+    body = f"""h = Conv<pads=[1,1,1,1]>(x, u, a) r = {activation}(h{limits}) i = Conv<pads=[1,1,1,1]>(r, v, b) s = {activation}(i{limits})
                p = GlobalAveragePool(s) f = Flatten(p) y = Gemm<transB=1>(f, w, c)"""
     weights: dict[str, Weight] = {"u": (10, 3, 3, 3), "a": (10,), "v": (12, 10, 3, 3), "b": (12,), "w": (4, 12), "c": (4,)}
+    weights |= {"low": np.array(-0.5, np.float32), "high": np.array(1.5, np.float32)} if limits else {}
     return build("float[N, 3, 6, 6] x", body, "float[N, 4] y", weights), np.random.default_rng(3).standard_normal((64, 3, 6, 6)).astype(
         "f4"
     )
 
 
-@pytest.mark.parametrize("activation", ["Relu", "Tanh"])
+@pytest.mark.parametrize("activation", ["Relu", "Clip", "Tanh"])
 def test_refits_say_the_errors_that_onnxruntime_finds(activation: str) -> None:
-    """Of the middle layer, whose inputs are fitted already, behind the Relu if there is one."""
+    """Of the middle layer, whose inputs are fitted already, behind the Relu or Clip if there is one."""
     model, x = three_deep(activation)
     result = onnxprune.prune(model, 0.4, calibration={"x": x}, criterion="l2", allocation="uniform", compensation="reconstruct")
     assert [refit.node for refit in result.refits] == ["i", "y"]
@@ -380,7 +382,7 @@ def test_refits_say_the_errors_that_onnxruntime_finds(activation: str) -> None:
     half = changed(result.model, {name: surgery[name] for name in ("v", "b")})
     removed = {m.tensor: (m.indices, result.plan.remove[g.id]) for g in result.plan.groups for m in g.members if m.axis == 0}
     indices, gone = removed["v"]
-    value = "s" if activation == "Relu" else "i"
+    value = "i" if activation == "Tanh" else "s"
     wanted = np.delete(run(watched(model, value), {"x": x})[value], indices[gone].ravel(), axis=1)
     for candidate, said in ((half, result.refits[0].before), (result.model, result.refits[0].after)):
         made = run(watched(candidate, value), {"x": x})[value]
