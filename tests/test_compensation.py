@@ -19,8 +19,12 @@ from test_least_squares import arrays, not_worse
 import onnxprune
 from onnxprune.cli import main
 
-RNG = np.random.default_rng(0)
-X = RNG.standard_normal((24, 3, 6, 6)).astype(np.float32)
+
+def drawn(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+X = drawn(24, 3, 6, 6)
 WEIGHTS: dict[str, Weight] = {"u": (8, 3, 3, 3), "a": (8,), "v": (12, 8, 3, 3), "b": (12,), "w": (4, 12), "c": (4,)}
 BODY = """h = Conv<pads=[1,1,1,1]>(x, u, a) r = Relu(h) i = Conv<pads=[1,1,1,1]>(r, v, b) s = Tanh(i)
           p = GlobalAveragePool(s) f = Flatten(p) y = Gemm<transB=1>(f, w, c)"""
@@ -122,7 +126,7 @@ def test_unusual_samples_of_a_transformer(scale: float, criterion: str, tmp_path
     square: dict[str, Weight] = dict.fromkeys(("wq", "wk", "wv", "wo"), (8, 8))
     more: dict[str, Weight] = {"g": (8,), "e": (8,), "f": (8,), "b": (8,), "w1": (8, 16), "b1": (16,), "w2": (16, 8), "b2": (8,)}
     model = build("float[N, 5, 8] x", body, "float[N, 5, 8] y", square | more)
-    x = (scale * RNG.standard_normal((24, 5, 8))).astype(np.float32)
+    x = (scale * drawn(24, 5, 8)).astype(np.float32)
     out, said = pruned(tmp_path, model, {"x": x}, "--criterion", criterion)
     assert all(np.isfinite(a).all() for a in arrays(out).values())
     assert said["fidelity"] is not None
@@ -160,7 +164,7 @@ def test_samples_of_several_sizes(tmp_path: Path) -> None:
     model = build("float[N, 3, L] x", body, "float[N, 4, L] y", weights)
     (tmp_path / "data").mkdir()
     for i, length in enumerate((5, 9, 7, 9, 12, 5)):
-        np.savez(tmp_path / "data" / f"{i}.npz", x=RNG.standard_normal((4, 3, length)).astype(np.float32))
+        np.savez(tmp_path / "data" / f"{i}.npz", x=drawn(4, 3, length, seed=i))
     result = onnxprune.prune(model, 0.4, calibration=tmp_path / "data", allocation="auto")
     not_worse(result)
     assert result.fidelity is not None
@@ -278,7 +282,7 @@ def test_integers_alone_say_which_group_matters(tmp_path: Path) -> None:
             array = numpy_helper.to_array(tensor).copy()
             array[:, 8:] *= 1e-4
             tensor.CopyFrom(numpy_helper.from_array(array, "w"))
-    x = RNG.standard_normal((64, 4)).astype(np.float32)
+    x = drawn(64, 4)
     result = onnxprune.prune(model, 0.3, calibration={"x": x}, criterion="random", allocation="distortion", compensation="none")
     left = tensors(result.model)
     assert left["u"].dims[0] > left["v"].dims[0]
@@ -287,10 +291,10 @@ def test_integers_alone_say_which_group_matters(tmp_path: Path) -> None:
 def test_outputs_that_may_change_size(tmp_path: Path) -> None:
     body = "h = Gemm<transB=1>(x, u) r = Relu(h) y = Gemm<transB=1>(r, v) k = Relu(y) z = Gemm<transB=1>(k, w)"
     model = build("float[N, 4] x", body, "float[N, 12] y, float[N, 3] z", {"u": (16, 4), "v": (12, 16), "w": (3, 12)})
-    x = RNG.standard_normal((48, 4)).astype(np.float32)
+    x = drawn(48, 4)
     for allocation in ("distortion", "auto"):
         _, said = pruned(tmp_path, model, {"x": x}, "--allow-io", "y", "--allocation", allocation)
-        assert said["on_budget"]
+        assert said["reached"] == pytest.approx(0.4, abs=0.05)  # a unit is some points
         names = [output["output"] for output in said["fidelity"][1]["outputs"]]
         assert "z" in names
 
@@ -308,7 +312,10 @@ def test_branches_and_channels_together(granularity: str) -> None:
 def test_weights_behind_a_dequantization_are_left_alone(tmp_path: Path) -> None:
     body = """d = DequantizeLinear<axis=0>(q, e) h = Conv<pads=[1,1,1,1]>(x, u, a) r = Relu(h) i = Conv<pads=[1,1,1,1]>(r, d, b)
               s = Tanh(i) p = GlobalAveragePool(s) f = Flatten(p) y = Gemm<transB=1>(f, w, c)"""
-    more: dict[str, Weight] = {"q": RNG.integers(-127, 128, (12, 8, 3, 3)).astype(np.int8), "e": np.full(12, 0.004, np.float32)}
+    more: dict[str, Weight] = {
+        "q": np.random.default_rng(0).integers(-127, 128, (12, 8, 3, 3)).astype(np.int8),
+        "e": np.full(12, 0.004, np.float32),
+    }
     model = net(body, more=more)
     out, said = pruned(tmp_path, model, {"x": X})
     assert [refit["node"] for refit in said["refits"]] == ["y"]
