@@ -17,6 +17,7 @@ from onnxprune.errors import OnnxPruneError
 from onnxprune.evaluation import evaluate
 from onnxprune.fidelity import Fidelity, OutputFidelity, fidelity
 from onnxprune.importer import load
+from onnxprune.noise import COUNT
 
 RNG = np.random.default_rng(0)
 MLP = MODELS / "digits-mlp.onnx"
@@ -260,7 +261,7 @@ def test_the_command_says_how_near_the_outputs_stay_without_data(command: Comman
     result = command(MLP, "-r", "0.3", "-o", "out.onnx", "--eval", "noise", "--json", "-", "--no-verify")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)["evaluation"]
-    assert (found["samples"], found["before"]) == (256, None)
+    assert (found["samples"], found["before"]) == (COUNT, None)
     [logits] = found["outputs"]
     assert 0 < logits["cosine"] < 1 < logits["sqnr"]
 
@@ -269,7 +270,7 @@ def test_the_command_says_how_near_the_outputs_stay_without_data(command: Comman
     ("arguments", "words"),
     [
         (["--metric", "mine:error"], ["--metric", "give --eval"]),
-        (["--preprocess", "unit"], ["--preprocess", "give --eval"]),
+        (["--preprocess", "unit"], ["--preprocess", "give one of them"]),
         (["--eval", "none"], ["none", "no samples"]),
         (["--eval", "nowhere"], ["nowhere", "no such file"]),
         (["--eval", "noise", "--metric", "mine"], ["'mine'", "module:function"]),
