@@ -261,7 +261,7 @@ def test_the_command_says_how_near_the_outputs_stay_without_data(command: Comman
     result = command(MLP, "-r", "0.3", "-o", "out.onnx", "--eval", "noise", "--json", "-", "--no-verify")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)["evaluation"]
-    assert (found["samples"], found["before"]) == (COUNT, None)
+    assert (found["samples"], found["before"]) == (4 * COUNT, None)
     [logits] = found["outputs"]
     assert 0 < logits["cosine"] < 1 < logits["sqnr"]
 
