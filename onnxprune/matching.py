@@ -25,7 +25,7 @@ from onnxprune.plans import Plan
 from onnxprune.products import Product, products
 from onnxprune.rewriter import Widths
 from onnxprune.running import Arrays
-from onnxprune.seats import give_bias, tensors_of, write
+from onnxprune.seats import bias_of, give_bias, tensors_of, write
 
 Batches = Callable[[], Iterable[Arrays]]
 SHRINKAGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -237,8 +237,7 @@ def _fold(pruned: ModelProto, seat: _Seat, matrices: np.ndarray, constant: float
     tensors = tensors_of(pruned)
     weight = numpy_helper.to_array(tensors[found.weight])
     rows = found.shape.matrix(weight)[0].copy()
-    given = numpy_helper.to_array(tensors[found.bias]) if found.bias else None
-    bias = np.zeros(len(rows)) if given is None else np.asarray(given, np.float64).ravel().copy()
+    bias = bias_of(pruned, found, len(rows)).copy()
     d = seat.columns.shape[1]
     for columns, matrix in zip(seat.columns, matrices, strict=True):
         rows[columns] = matrix[:d].T @ rows[columns]
@@ -247,5 +246,4 @@ def _fold(pruned: ModelProto, seat: _Seat, matrices: np.ndarray, constant: float
             bias[columns] += constant / seat.carrier.scale * matrix[d]
     write(tensors[found.weight], found.shape.weight(rows[None], weight))
     if found.layer.takes_bias:
-        shape, kind = (given.shape, given.dtype) if given is not None else ((bias.size,), weight.dtype)
-        give_bias(pruned, found, bias.reshape(shape).astype(kind))
+        give_bias(pruned, found, bias)

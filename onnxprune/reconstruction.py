@@ -15,15 +15,16 @@ from onnx import ModelProto, numpy_helper
 from onnxprune.capture import Tap
 from onnxprune.cost import count_macs
 from onnxprune.leastsquares import reconstructed
-from onnxprune.linear import CONVOLUTIONS
+from onnxprune.linear import CONVOLUTIONS, RECURRENT
 from onnxprune.matching import Matched, match, narrowed
 from onnxprune.moments import Observed
 from onnxprune.plans import Plan
 from onnxprune.products import Product
+from onnxprune.recurrences import spelled_out
 from onnxprune.rewriter import Widths
 from onnxprune.ridge import Fit
 from onnxprune.running import Arrays
-from onnxprune.seats import Seat, give_bias, seats, tensors_of, write
+from onnxprune.seats import Seat, bias_of, give_bias, outputs_left, seats, tensors_of, write
 
 Batches = Callable[[], Iterable[Arrays]]
 ROWS = 65536  # of a layer, or 16 times its features where that is more
@@ -114,14 +115,14 @@ def _observe(
     """What the layers of a stage read and should make, over the batches to fit to and over those to choose by."""
     tensors = tensors_of(pruned)
     mine = Tap(pruned, [name for seat in stage for name in (seat.source, seat.other) if name])
-    original = Tap(plan.grouping.model.proto, [seat.goal for seat in stage])
+    original = Tap(spelled_out(plan.grouping.model, (seat.layer for seat in stage)), [seat.goal for seat in stage])
     weights = [numpy_helper.to_array(tensors[seat.weight]) for seat in stage]
     found = [Observed.of(seat.shape.matrix(weight).shape, seat.bounds) for seat, weight in zip(stage, weights, strict=True)]
     every = max(2, round(1 / held))
     for number, feeds in enumerate(batches()):
         now, then = mine.run(feeds), original.run(feeds)
         for position, (seat, weight) in enumerate(zip(stage, weights, strict=True)):
-            goal = _kept(then[seat.goal], widths, seat.goal)
+            goal = _kept(then[seat.goal], widths, seat)
             many = max(ROWS, 16 * found[position].seen.x.shape[1]) // total
             places = seat.shape.choose(goal.shape, many, feeds, np.random.default_rng([position, number]))
             kernel = weight.shape[2:] if seat.shape.op in CONVOLUTIONS else ()
@@ -132,8 +133,12 @@ def _observe(
     return found
 
 
-def _kept(array: np.ndarray, widths: Widths, name: str) -> np.ndarray:
-    """A value of the original without the removed units."""
+def _kept(array: np.ndarray, widths: Widths, seat: Seat) -> np.ndarray:
+    """What the original's layer made, without the removed units."""
+    if seat.layer.op in RECURRENT:
+        mask = outputs_left(widths, seat)
+        return array if mask is None else np.compress(mask, array, axis=-1)
+    name = seat.goal
     for axis in range(array.ndim):
         mask = widths.mask((name, axis))
         if mask is not None:
@@ -147,11 +152,9 @@ def _fit(proto: ModelProto, seat: Seat, observed: Observed, solve: Solve) -> Fit
     weight = numpy_helper.to_array(tensors[seat.weight])
     matrix = seat.shape.matrix(weight)
     groups, wide, _ = matrix.shape
-    given = numpy_helper.to_array(tensors[seat.bias]) if seat.bias else None
-    bias = np.zeros((groups, wide)) if given is None else np.asarray(given, np.float64).reshape(groups, wide)
+    bias = bias_of(proto, seat, groups * wide).reshape(groups, wide)
     found = solve(observed, matrix, bias, seat.layer.takes_bias)
     write(tensors[seat.weight], seat.shape.weight(found.matrix, weight))
     if seat.layer.takes_bias:
-        shape, kind = (given.shape, given.dtype) if given is not None else ((found.bias.size,), weight.dtype)
-        give_bias(proto, seat, found.bias.reshape(shape).astype(kind))
+        give_bias(proto, seat, found.bias.ravel())
     return found
