@@ -115,7 +115,7 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
             squares[position] += float(np.einsum("gno,gno->", made, made, dtype=np.float64))
             seen[position] += made.shape[1]
         for pair in pairs:
-            pair.add(values[pair.product.left], values[pair.product.right], feeds)
+            pair.add(*pair.product.turned(values, pair.product.left, pair.product.right), feeds)
     readings: dict[int, list[Reading]] = {}
     for (layer, shape, weight, readers, moments), square, count in zip(layers, squares, seen, strict=True):
         mean, _ = moments.means()

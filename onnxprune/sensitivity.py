@@ -14,6 +14,7 @@ from onnxprune.equivalence import distortion
 from onnxprune.errors import OnnxPruneError
 from onnxprune.evidence import Evidence
 from onnxprune.grouping import Grouping
+from onnxprune.matching import match, narrowed
 from onnxprune.oneshot import updated
 from onnxprune.plans import Plan
 from onnxprune.rewriter import rewrite
@@ -56,7 +57,10 @@ def curves(
         plan = Plan(grouping, {group: units})
         try:
             pruned = rewrite(grouping, plan.remove)
-            return distortion(before, outputs_of(updated(plan, pruned, evidence), batches))
+            made = updated(plan, pruned, evidence)
+            for product in narrowed(plan, made):
+                match(plan, made, product, lambda: batches)
+            return distortion(before, outputs_of(made, batches))
         except OnnxPruneError:
             return float("inf")
 

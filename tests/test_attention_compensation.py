@@ -43,6 +43,9 @@ def forms() -> dict[str, tuple[str, dict[str, Weight], str]]:
         "qt = Gather <axis=0> (t, zero) ks = Gather <axis=0> (t, one) vt = Gather <axis=0> (t, two) kt = Transpose <perm=[0,1,3,2]> (ks)"
     )
     numbers: dict[str, Weight] = {"zero": np.array(0), "one": np.array(1), "two": np.array(2), "five": [0, 0, 3, HEADS, SIZE]}
+    einsum = " ".join(f"{a}t = Reshape ({a}, there)" for a in "qkv")
+    einsum += ' s = Einsum <equation="bqhd,bkhd->bhqk"> (qt, kt) e = Div (s, root) p = Softmax (e) '
+    einsum += 'o = Einsum <equation="bhqk,bkhd->bqhd"> (p, vt) z = Reshape (o, back) y = MatMul (z, wo)'
     pixels = "h = Conv (x, w, b) r = Reshape (h, there) q, k, v = Split <axis=2> (r, sizes) qt = Transpose <perm=[0,1,3,2]> (q) "
     pixels += "s = MatMul (qt, k) e = Div (s, root) p = Softmax (e) vt = Transpose <perm=[0,1,3,2]> (v) o = MatMul (p, vt) "
     pixels += "ot = Transpose <perm=[0,1,3,2]> (o) z = Reshape (ot, back) y = Conv (z, wo)"
@@ -56,6 +59,7 @@ def forms() -> dict[str, tuple[str, dict[str, Weight], str]]:
         ),
         "scaled-queries": (ROWS, SEPARATE, f"{LAYERS.replace('q = Add', 'qb = Add')} q = Mul (qb, root) {PARTED} {end}"),
         "gemm": (ROWS, SEPARATE | {"two": [-1, 8], "cube": [-1, 5, WIDE]}, f"flat = Reshape (x, two) {gemms} {PARTED} {end}"),
+        "einsum": (ROWS, SEPARATE, f"{LAYERS} {einsum}"),
         "packed-split": (ROWS, PACKED, f"h = MatMul (x, w) hb = Add (h, b) q, k, v = Split <axis=2> (hb) {PARTED} {end}"),
         "packed-gather": (ROWS, PACKED | numbers, f"{picked} {end}"),
         "pixels": ("float[N,8,2,3] x", planes | {"there": [0, HEADS, 3 * SIZE, -1], "back": [0, WIDE, 2, 3]}, pixels),
@@ -128,6 +132,7 @@ def test_the_fit_is_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against numpy's own solution of the linear system in all numbers of the matrices, one head after the other."""
     monkeypatch.setattr(matching, "SHRINKAGES", (1e-12,))
     monkeypatch.setattr(matching, "STEPS", 2000)
+    monkeypatch.setattr(matching, "TOLERANCE", 1e-6)
     model = made("separate")
     found, feeds = group(load(model)), batches(model)
     plan = Plan(found, {dims(found).id: np.array([2])})
