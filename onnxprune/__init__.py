@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from onnxprune.criteria import criterion
     from onnxprune.dependencies import dependency_graph
     from onnxprune.errors import OnnxPruneError
+    from onnxprune.handoff import HandOff, keep_indices, slice_state
     from onnxprune.relations import rule
 
 _HOMES = {
     **dict.fromkeys(("Result", "apply", "groups", "plan", "prune", "verify"), "onnxprune.api"),
+    **dict.fromkeys(("HandOff", "keep_indices", "slice_state"), "onnxprune.handoff"),
     "OnnxPruneError": "onnxprune.errors",
     "allocation": "onnxprune.allocations",
     "criterion": "onnxprune.criteria",
@@ -25,6 +27,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "HandOff",
     "OnnxPruneError",
     "Result",
     "allocation",
@@ -32,9 +35,11 @@ __all__ = [
     "criterion",
     "dependency_graph",
     "groups",
+    "keep_indices",
     "plan",
     "prune",
     "rule",
+    "slice_state",
     "verify",
 ]
 

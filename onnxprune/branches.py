@@ -29,7 +29,7 @@ _KEEPS_ZERO = {
     *("com.microsoft:FastGelu", "com.microsoft:Gelu", "com.microsoft:QuickGelu"),
 }
 _SUMS = {"Add", "Concat", "Mean", "Sub", "Sum"}  # zero where all of their inputs are
-_NORMS = {"BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization"}
+NORMS = {"BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization"}
 _BIASED = {"Conv", "ConvTranspose", "Gemm"}
 
 
@@ -61,7 +61,7 @@ class _Finder:
 
     def _place(self, node: NodeProto) -> None:
         for position, name in enumerate(node.input):
-            axis = _outward(node, position)
+            axis = outward(node, position)
             if name in self.model.tensors and axis is not None:
                 self.outward[name] = axis % max(1, len(self.model.tensors[name].dims))
         reads, outs = self.liveness.inputs(node), [out for out in node.output if out]
@@ -152,7 +152,7 @@ class _Finder:
                 if name in known and not others.intersection(known[name]):  # a weight over its own norm is not zero
                     return known[name]
             return None
-        if op in _NORMS and len(node.output) == 1 and not attributes(node).get("training_mode"):
+        if op in NORMS and len(node.output) == 1 and not attributes(node).get("training_mode"):
             affine = every(inputs[1:3])
             return (every(inputs[:1]) or {}) | affine if affine else None
         if op == "DequantizeLinear":
@@ -165,7 +165,7 @@ class _Finder:
         return known.get(inputs[0]) if op in _KEEPS_ZERO and inputs else None
 
 
-def _outward(node: NodeProto, position: int) -> int | None:
+def outward(node: NodeProto, position: int) -> int | None:
     """The axis of a layer's weight at this input along which its outputs lie."""
     if node.op_type in ("Conv", "ConvTranspose") and position == 1:
         return 0 if node.op_type == "Conv" else 1

@@ -412,6 +412,47 @@ def apply(
 
 @main.command()
 @MODEL
+@click.argument("plan", metavar="PLAN.json")
+@options(
+    click.option("--output", "-o", metavar="FILE", required=True, help="The indices that stay, as JSON."),
+    click.option(
+        "--state-dict",
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="The framework's parameters: .npz, .safetensors, .pt (needs torch), .h5, .keras (h5py); else the file's own tensors.",
+    ),
+    FEEDS,
+    QUIET,
+)
+def export_plan(model: str, plan: str, output: str, checkpoint: str | None, feeds: str | None, shapes: tuple[str, ...], quiet: bool) -> int:
+    """Say which indices of a checkpoint's parameters a plan keeps, to fine-tune where the training code is.
+
+    \b
+    onnxprune export-plan model.onnx plan.json --state-dict model.safetensors -o kept.json
+
+    Exit code 3: it is written, and something in it is unmatched; docs/fine-tuning.md shows how to use it.
+    """
+    from onnxprune.checkpoints import read_checkpoint
+    from onnxprune.handoff import keep_indices
+    from onnxprune.writing import check_apart, check_target, write_text
+
+    check_target(output, model)
+    check_apart(model, plan, output, checkpoint, feeds)
+    state = read_checkpoint(checkpoint) if checkpoint else None
+    with _progress(quiet) as say:
+        found = keep_indices(model, plan, state, feeds=read_feeds(feeds), input_shapes=read_shapes(shapes), progress=say)
+    write_text(json.dumps(found.to_json() | {"checkpoint": checkpoint}), output)
+    if not quiet:
+        from onnxprune import report
+
+        report.show_handoff(_console(), found, output)
+    for name, reason in (*found.unmatched, *found.uncovered):
+        click.echo(f"warning: '{name}': {reason}", err=True)
+    return 0 if found.complete else 3
+
+
+@main.command()
+@MODEL
 @click.argument("pruned", metavar="[PRUNED.onnx]", required=False)
 @options(click.option("--plan", metavar="FILE", help="The plan that made PRUNED.onnx."), FEEDS, SEED, ALLOW_IO, JSON, QUIET)
 def verify(

@@ -67,7 +67,8 @@ def match(plan: Plan, pruned: ModelProto, product: Product, batches: Batches, he
     widths = Widths(plan.grouping, plan.remove)
     mine = Tap(pruned, [node.input[0], node.input[1]])
     original = Tap(model.proto, [product.left, product.right])
-    total, every = sum(1 for _ in batches()), max(2, round(1 / held))
+    total = sum(1 for _ in batches())
+    every = max(2, min(round(1 / held), total))  # one batch is held out where there are two
     for number, feeds in enumerate(batches()):
         now, then = mine.run(feeds), original.run(feeds)
         whole = {name: _kept(then[name], widths, product, name) for name in (product.left, product.right)}

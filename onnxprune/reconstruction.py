@@ -6,8 +6,10 @@ that the error that has come along the residual stream is taken back in the bran
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, numpy_helper
@@ -15,7 +17,7 @@ from onnx import ModelProto, numpy_helper
 from onnxprune.capture import Tap
 from onnxprune.cost import count_macs
 from onnxprune.leastsquares import reconstructed
-from onnxprune.linear import CONVOLUTIONS, RECURRENT
+from onnxprune.linear import CONVOLUTIONS
 from onnxprune.matching import Matched, match, narrowed
 from onnxprune.moments import Observed
 from onnxprune.plans import Plan
@@ -24,7 +26,7 @@ from onnxprune.recurrences import spelled_out
 from onnxprune.rewriter import Widths
 from onnxprune.ridge import Fit
 from onnxprune.running import Arrays
-from onnxprune.seats import Seat, bias_of, give_bias, outputs_left, seats, tensors_of, write
+from onnxprune.seats import Seat, bias_of, give_bias, original_goal, seats, tensors_of, write
 
 Batches = Callable[[], Iterable[Arrays]]
 ROWS = 65536  # of a layer, or 16 times its features where that is more
@@ -43,6 +45,10 @@ class Refit:
     before: float
     after: float
     shrinkage: float
+
+    def to_json(self) -> dict[str, Any]:
+        """An infinite shrinkage (the weights stay as they are) is None: JSON has no infinity."""
+        return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in vars(self).items()}
 
 
 Solve = Callable[[Observed, np.ndarray, np.ndarray, bool], Fit]
@@ -118,11 +124,11 @@ def _observe(
     original = Tap(spelled_out(plan.grouping.model, (seat.layer for seat in stage)), [seat.goal for seat in stage])
     weights = [numpy_helper.to_array(tensors[seat.weight]) for seat in stage]
     found = [Observed.of(seat.shape.matrix(weight).shape, seat.bounds) for seat, weight in zip(stage, weights, strict=True)]
-    every = max(2, round(1 / held))
+    every = max(2, min(round(1 / held), total))  # one batch is held out where there are two
     for number, feeds in enumerate(batches()):
         now, then = mine.run(feeds), original.run(feeds)
         for position, (seat, weight) in enumerate(zip(stage, weights, strict=True)):
-            goal = _kept(then[seat.goal], widths, seat)
+            goal = original_goal(widths, seat, then[seat.goal])
             many = max(ROWS, 16 * found[position].seen.x.shape[1]) // total
             places = seat.shape.choose(goal.shape, many, feeds, np.random.default_rng([position, number]))
             kernel = weight.shape[2:] if seat.shape.op in CONVOLUTIONS else ()
@@ -131,19 +137,6 @@ def _observe(
             beside = seat.shape.targets(now[seat.other], places) if seat.other else np.zeros_like(wanted)
             found[position].add(rows, wanted, beside, number % every == every - 1, total)
     return found
-
-
-def _kept(array: np.ndarray, widths: Widths, seat: Seat) -> np.ndarray:
-    """What the original's layer made, without the removed units."""
-    if seat.layer.op in RECURRENT:
-        mask = outputs_left(widths, seat)
-        return array if mask is None else np.compress(mask, array, axis=-1)
-    name = seat.goal
-    for axis in range(array.ndim):
-        mask = widths.mask((name, axis))
-        if mask is not None:
-            array = np.compress(mask, array, axis=axis)
-    return array
 
 
 def _fit(proto: ModelProto, seat: Seat, observed: Observed, solve: Solve) -> Fit:

@@ -15,6 +15,7 @@ from onnxprune.benchmark import Measurement
 from onnxprune.certificate import Proof
 from onnxprune.evaluation import Evaluation
 from onnxprune.grouping import Group, Grouping
+from onnxprune.handoff import HandOff
 
 
 def _table(*columns: tuple[str, str]) -> Table:
@@ -174,3 +175,16 @@ def show_evaluation(console: Console, found: Evaluation) -> None:
         table.add_row(escape(output.output), *("–" if value is None else form.format(value) for value, form in row))
     if table.row_count:
         console.print(table)
+
+
+def show_handoff(console: Console, found: HandOff, output: str) -> None:
+    """How many parameters get smaller, and how they were found."""
+    smaller = sum(bool(kept.keep) for kept in found.parameters.values())
+    gone = f", {len(found.removed)} go" if found.removed else ""
+    left = len(found.unmatched) + len(found.uncovered)
+    open_ends = f", {left} unmatched" if left else ""
+    console.print(f"{escape(output)}: {smaller} of {len(found.parameters)} parameters get smaller{gone}{open_ends}", soft_wrap=True)
+    for how, count in Counter(kept.by for kept in found.parameters.values() if kept.by).most_common():
+        console.print(f"  {count} found by {escape(how)}")
+    if any(kept.by == "name" for kept in found.parameters.values()):
+        console.print("  by name: their values are not the model's, as after more training; check that it is the same model")

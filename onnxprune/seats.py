@@ -120,6 +120,14 @@ def outputs_left(widths: Widths, seat: Seat) -> np.ndarray | None:
     return widths.mask((seat.layer.output, 1 if seat.layer.op in CONVOLUTIONS else rank - (2 if seat.shape.left else 1)))
 
 
+def original_goal(widths: Widths, seat: Seat, array: np.ndarray) -> np.ndarray:
+    """What the original's layer made, without the removed units."""
+    if seat.layer.op not in RECURRENT:
+        return widths.cut(seat.goal, array)
+    mask = outputs_left(widths, seat)
+    return array if mask is None else np.compress(mask, array, axis=-1)
+
+
 def bias_of(proto: ModelProto, seat: Seat, wide: int) -> np.ndarray:
     """A layer's bias, float64 (wide,): of a recurrent layer the half that goes with its inputs; zeros where there is none."""
     if not seat.bias:
@@ -156,5 +164,5 @@ def give_bias(proto: ModelProto, seat: Seat, bias: np.ndarray) -> None:
 
 def write(tensor: TensorProto, array: np.ndarray) -> None:
     kind, name = tensor.data_type, tensor.name
-    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))  # 0-d stays 0-d
     tensor.data_type = kind
