@@ -11,6 +11,7 @@ from onnx import ModelProto, numpy_helper
 from outside import Weight, build
 
 from onnxprune import matching
+from onnxprune.allocations import choose
 from onnxprune.capture import Tap
 from onnxprune.evidence import gather
 from onnxprune.grouping import Group, Grouping, group
@@ -255,3 +256,15 @@ def test_what_reads_values_and_heads_is_the_layer_behind(name: str) -> None:
     assert readers["head3"] == ["wo"]
     sizes = [r.layer.weight if r.layer else "product" for g in found.groups if g.units == SIZE for r in evidence.of(g)]
     assert sorted(sizes) == ["product", "wo"]
+
+
+def test_measured_losses_say_whether_heads_go_or_their_dimensions() -> None:
+    """Without them the larger group is narrowed alone."""
+    model = build(ROWS, forms()["separate"][2], "float y", {**SPREAD, **forms()["separate"][1], "there": [0, 0, 4, 3]}, opset=13)
+    for units, kind in ((3, "channel"), (4, "head")):
+        found = group(load(model))
+        scores = {g.id: np.arange(g.units, dtype=float) for g in found.groups}
+        losses = {g.id: np.arange(g.units + 1) * (1.0 if g.kind == kind else 100.0) for g in found.groups}
+        gone = choose(found, scores, 0.2, rule="distortion", losses=losses).remove
+        assert {g.units for g in found.groups if g.id in gone} == {units}
+    assert {g.kind for g in found.groups if g.id in choose(found, scores, 0.2).remove} == {"head"}
