@@ -74,6 +74,8 @@ def match(plan: Plan, pruned: ModelProto, product: Product, batches: Batches, he
         whole = {name: _kept(then[name], widths, product, name) for name in (product.left, product.right)}
         sides = product.turned(whole, product.left, product.right), product.turned(now, node.input[0], node.input[1])
         problem.add(product, *sides, feeds, number % every == every - 1, total)
+    if not (problem.seen or problem.held):
+        return None
     fitted, found = problem.solve()
     if np.isfinite(found.shrinkage):
         _fold(pruned, seat, fitted, problem.constant)

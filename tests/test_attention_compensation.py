@@ -268,3 +268,24 @@ def test_measured_losses_say_whether_heads_go_or_their_dimensions() -> None:
         gone = choose(found, scores, 0.2, rule="distortion", losses=losses).remove
         assert {g.units for g in found.groups if g.id in gone} == {units}
     assert {g.kind for g in found.groups if g.id in choose(found, scores, 0.2).remove} == {"head"}
+
+
+def test_rotary_embeddings_are_scored_by_pairs_and_left_alone() -> None:
+    body = forms()["separate"][2].replace("s = MatMul (qt, kt)", "qu = Identity (qt) ku = Transpose <perm=[0,1,3,2]> (kt)")
+    for a in "qk":
+        half = f"{a}1, {a}2 = Split <axis=3> ({a}u) {a}n = Neg ({a}2) {a}j = Concat <axis=3> ({a}n, {a}1)"
+        turn = f"{half} {a}c = Mul ({a}u, cos) {a}s = Mul ({a}j, sin) {a}w = Add ({a}c, {a}s)"
+        body = body.replace("e = Div (s, root)", f"{turn} e = Div (s, root)")
+    body = body.replace("e = Div (s, root)", "kx = Transpose <perm=[0,1,3,2]> (kw) s = MatMul (qw, kx) e = Div (s, root)")
+    angles = np.outer(np.arange(5), [1.0, 0.1, 1.0, 0.1]).astype(np.float32)
+    turns: dict[str, Weight] = {"cos": np.cos(angles), "sin": np.sin(angles)}
+    model = build(ROWS, body, "float y", {**SPREAD, **SEPARATE, **turns}, opset=13, seed=3)
+    found, feeds = group(load(model)), batches(model)
+    mine = next(g for g in found.groups if any(m.tensor == "wq" for m in g.members) and g.kind == "channel")
+    [reading] = gather(found, feeds).of(mine)
+    assert reading.features.tolist() == [[0, 2], [1, 3]]
+    plan = Plan(found, {mine.id: np.array([1])})
+    said: list[str] = []
+    fitted, _ = reconstruct(plan, rewrite(found, plan.remove), feeds, progress=said.append)
+    assert any(line.startswith("s is left alone") for line in said)
+    assert outputs(fitted, feeds).shape == outputs(model, feeds).shape
