@@ -138,7 +138,7 @@ def choose(
     def reached(kept: Mapping[int, int]) -> float:
         return 1 - cost({**kept, **gone}) / whole if whole else 0.0
 
-    first = {g for g in scores if g not in second}
+    first = {g for g in scores if g not in second or losses is not None}  # what is measured says by itself which of the two to narrow
     for only in (first, set(scores)):
         high = kept_at(1.0, only)
         if reached(high) >= ratio:

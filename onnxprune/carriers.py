@@ -14,6 +14,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxprune.capture import Tap
+from onnxprune.errors import OnnxPruneError
 from onnxprune.folding import attributes
 from onnxprune.importer import FLOATS, Model
 from onnxprune.linear import CONVOLUTIONS, Linear, geometry, linears, made_by
@@ -45,7 +46,10 @@ def carrier(model: Model, pruned: ModelProto, value: str, feeds: Arrays) -> Carr
     ends = _ends(model, pruned, layer.output)
     if seat.shape.group > 1 or ends.get(value) != 1:
         return None
-    found = _probed(pruned, seat, width, ends, feeds)
+    try:
+        found = _probed(pruned, seat, width, ends, feeds)
+    except OnnxPruneError:  # column numbers are not what the rest of the model takes
+        return None
     mine = found.pop(value, None)
     if mine is None or any(other is None or np.intersect1d(mine[0], other[0]).size for other in found.values()):
         return None

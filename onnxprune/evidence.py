@@ -18,6 +18,7 @@ from onnxprune.importer import Model
 from onnxprune.linear import CONVOLUTIONS, Geometry, Linear, geometry, linears
 from onnxprune.moments import Moments
 from onnxprune.products import Terms, gathered
+from onnxprune.recurrences import recurrences, spelled_out
 from onnxprune.running import Arrays
 
 Batches = Callable[[], Iterable[Arrays]]
@@ -57,7 +58,7 @@ class Evidence:
 
 def features(layer: Linear, shape: Geometry, weight: np.ndarray, group: Group) -> np.ndarray | None:
     """(units, places) features of each unit in what a layer reads; None where it does not sum over the group's units."""
-    axis = {"Conv": 1, "ConvTranspose": 0}.get(layer.op, 1 if shape.left or shape.flipped else 0)
+    axis = {"Conv": 1, "ConvTranspose": 0}.get(layer.op, weight.ndim - 1 if shape.left or shape.flipped else 0)
     for member in group.members:
         if member.tensor == layer.weight and member.axis == axis:
             break
@@ -81,7 +82,7 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
     model = grouping.model
     owned = {m.tensor for g in grouping.groups for m in g.members}
     layers = []
-    for layer in linears(model):
+    for layer in (*linears(model), *recurrences(model)):
         weight = model.array(layer.weight)
         shape = geometry(model.main[layer.node], layer.weight, weight.ndim)
         if layer.weight not in owned:
@@ -93,7 +94,7 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
     goals = [_passed_on(model, layer) for layer, *_ in layers]
     pairs = gathered(grouping)
     sides = [name for pair in pairs for name in (pair.product.left, pair.product.right)]
-    tap = Tap(model.proto, [*goals, *(layer.source for layer, *_ in layers), *sides])
+    tap = Tap(spelled_out(model, (layer for layer, *_ in layers)), [*goals, *(layer.source for layer, *_ in layers), *sides])
     squares, seen = [0.0] * len(layers), [0] * len(layers)
     samples = 0
     total = sum(1 for _ in batches()) if layers or pairs else 0
@@ -114,7 +115,7 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
             squares[position] += float(np.einsum("gno,gno->", made, made, dtype=np.float64))
             seen[position] += made.shape[1]
         for pair in pairs:
-            pair.add(values[pair.product.left], values[pair.product.right], feeds)
+            pair.add(*pair.product.turned(values, pair.product.left, pair.product.right), feeds)
     readings: dict[int, list[Reading]] = {}
     for (layer, shape, weight, readers, moments), square, count in zip(layers, squares, seen, strict=True):
         if not (moments.finite and np.isfinite(square)):

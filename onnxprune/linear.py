@@ -21,6 +21,7 @@ from onnxprune.running import Arrays
 from onnxprune.scopes import captured
 
 CONVOLUTIONS = ("Conv", "ConvTranspose")
+RECURRENT = ("LSTM", "GRU", "RNN")
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Geometry:
         if self.op == "ConvTranspose":
             w = w.reshape(self.group, w.shape[0] // self.group, w.shape[1], -1)
             return np.asarray(w.transpose(0, 2, 1, 3).reshape(self.group, w.shape[2], -1))
-        return np.asarray((w if self.left or self.flipped else w.T)[None])
+        return np.asarray((w.reshape(-1, w.shape[-1]) if self.left or self.flipped else w.T)[None])
 
     def weight(self, matrix: np.ndarray, like: np.ndarray) -> np.ndarray:
         """The inverse of `matrix`, in the shape and type of another weight."""
@@ -210,7 +211,7 @@ class Geometry:
     def out(self, x: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the output for the shapes of an input and of the weight."""
         if self.op not in CONVOLUTIONS:
-            wide = weight[0 if self.left or self.flipped else 1]
+            wide = math.prod(weight[:-1]) if self.left or self.flipped else weight[1]
             return (*x[:-2], wide, x[-1]) if self.left else (*x[:-1], wide)
         reach = [(k - 1) * d + 1 for k, d in zip(weight[2:], self.dilations, strict=True)]
         pads = [a + b for a, b in zip(self.pads[: len(reach)], self.pads[len(reach) :], strict=True)]
@@ -261,6 +262,8 @@ def geometry(node: NodeProto, weight: str, rank: int) -> Geometry:
         return Geometry("Gemm", flipped=bool(given.get("transB", 0)))
     if node.op_type == "MatMul":
         return Geometry("MatMul", left=node.input[0] == weight)
+    if node.op_type in RECURRENT:
+        return Geometry(node.op_type, flipped=True)
     spatial = rank - 2
     return Geometry(
         node.op_type,

@@ -12,7 +12,7 @@ it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from onnx import ModelProto, numpy_helper
@@ -25,11 +25,12 @@ from onnxprune.plans import Plan
 from onnxprune.products import Product, products
 from onnxprune.rewriter import Widths
 from onnxprune.running import Arrays
-from onnxprune.seats import give_bias, tensors_of, write
+from onnxprune.seats import bias_of, give_bias, tensors_of, write
 
 Batches = Callable[[], Iterable[Arrays]]
 SHRINKAGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 STEPS = 60  # of conjugate gradients, at most
+TOLERANCE = 1e-3  # of the residual at the start, where they end
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ def narrowed(plan: Plan, pruned: ModelProto) -> list[Product]:
     """The products of two activations that sum over fewer terms than they did."""
     model, widths = plan.grouping.model, Widths(plan.grouping, plan.remove)
     made = made_by(pruned.graph.node)
-    there = [p for p in products(model) if (node := made.get(model.main[p.node].output[0])) is not None and node.op_type == "MatMul"]
-    return [p for p in there if widths.mask((p.left, len(model.shapes[p.left]) - 1)) is not None]
+    there = [p for p in products(model) if model.main[p.node].output[0] in made]
+    alike = [p for p in there if made[model.main[p.node].output[0]].op_type == model.main[p.node].op_type]
+    return [p for p in alike if widths.mask((p.left, p.axis)) is not None]
 
 
 def match(plan: Plan, pruned: ModelProto, product: Product, batches: Batches, held: float = 0.25) -> Matched | None:
@@ -57,7 +59,7 @@ def match(plan: Plan, pruned: ModelProto, product: Product, batches: Batches, he
     """
     model = plan.grouping.model
     node = made_by(pruned.graph.node)[model.main[product.node].output[0]]
-    seat = _seat(plan, pruned, node.input[0], node.input[1], next(iter(batches())))
+    seat = _seat(plan, pruned, product, node.input[0], node.input[1], next(iter(batches())))
     if seat is None:
         return None
     affine = seat.carrier.seat.layer.takes_bias and not (seat.right and product.logits)
@@ -65,11 +67,15 @@ def match(plan: Plan, pruned: ModelProto, product: Product, batches: Batches, he
     widths = Widths(plan.grouping, plan.remove)
     mine = Tap(pruned, [node.input[0], node.input[1]])
     original = Tap(model.proto, [product.left, product.right])
-    total, every = sum(1 for _ in batches()), max(2, round(1 / held))
+    total = sum(1 for _ in batches())
+    every = max(2, min(round(1 / held), total))  # one batch is held out where there are two
     for number, feeds in enumerate(batches()):
         now, then = mine.run(feeds), original.run(feeds)
-        whole = [_kept(then[name], widths, name) for name in (product.left, product.right)]
-        problem.add(product, whole, [now[node.input[0]], now[node.input[1]]], feeds, number % every == every - 1, total)
+        whole = {name: _kept(then[name], widths, product, name) for name in (product.left, product.right)}
+        sides = product.turned(whole, product.left, product.right), product.turned(now, node.input[0], node.input[1])
+        problem.add(product, *sides, feeds, number % every == every - 1, total)
+    if not (problem.seen or problem.held):
+        return None
     fitted, found = problem.solve()
     if np.isfinite(found.shrinkage):
         _fold(pruned, seat, fitted, problem.constant)
@@ -96,12 +102,13 @@ class _Seat:
             return None
 
 
-def _seat(plan: Plan, pruned: ModelProto, left: str, right: str, feeds: Arrays) -> _Seat | None:
+def _seat(plan: Plan, pruned: ModelProto, product: Product, left: str, right: str, feeds: Arrays) -> _Seat | None:
     for is_right, value in enumerate((left, right)):
         found = carrier(plan.grouping.model, pruned, value, feeds)
         if found is None:
             continue
-        columns = np.swapaxes(found.columns, -1, -2) if is_right else found.columns
+        columns = found.columns.transpose(product.order[is_right])
+        columns = np.swapaxes(columns, -1, -2) if is_right else columns
         first = columns[..., 0, :]
         heads, places = np.unique(first.reshape(-1, first.shape[-1]), axis=0, return_inverse=True)
         if (columns == first[..., None, :]).all() and np.unique(heads).size == heads.size:
@@ -109,24 +116,24 @@ def _seat(plan: Plan, pruned: ModelProto, left: str, right: str, feeds: Arrays) 
     return None
 
 
-def _kept(array: np.ndarray, widths: Widths, name: str) -> np.ndarray:
+def _kept(array: np.ndarray, widths: Widths, product: Product, name: str) -> np.ndarray:
     """A side of the original's product without the removed heads, but with all dimensions."""
-    for axis in range(array.ndim - 2):
+    order = product.order[name != product.left]
+    for axis in order[:-2]:
         mask = widths.mask((name, axis))
         if mask is not None:
             array = np.compress(mask, array, axis=axis)
     return array
 
 
-@dataclass
-class _Factors:
-    """Of positions end to end: their head; first (p, f, f) and second (p, d, d): the sides' Grams; cross (p, f, d); power (p,)."""
+Sides = tuple[np.ndarray, np.ndarray]
+Part = tuple[np.ndarray, ...]  # of positions: their head, the Grams of both sides, the right-hand side, the squares of the goal
 
-    parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
 
-    def joined(self, *others: _Factors) -> list[np.ndarray]:
-        parts = [part for factors in (self, *others) for part in factors.parts]
-        return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+def _heads(parts: list[Part], many: int) -> list[_Head]:
+    """The positions of all batches, head by head."""
+    owners, *arrays = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return [_Head(*(array[owners == head] for array in arrays)) for head in range(many)]
 
 
 class _Problem:
@@ -135,9 +142,10 @@ class _Problem:
     def __init__(self, seat: _Seat, affine: bool) -> None:
         self.seat, self.affine = seat, affine
         self.constant = 0.0  # what stands in the constant's column
-        self.seen, self.held = _Factors(), _Factors()
+        self.seen: list[Part] = []
+        self.held: list[Part] = []
 
-    def add(self, product: Product, whole: list[np.ndarray], now: list[np.ndarray], feeds: Arrays, held: bool, batches: int) -> None:
+    def add(self, product: Product, whole: Sides, now: Sides, feeds: Arrays, held: bool, batches: int) -> None:
         """whole, now: both sides of the original's product and of the pruned one's."""
         lead = np.broadcast_shapes(now[0].shape[:-2], now[1].shape[:-2])
         heads = self.seat.places(lead)
@@ -148,8 +156,8 @@ class _Problem:
             self.constant = self.constant or float(np.sqrt(np.mean(now[mine] ** 2))) or 1.0
             edge = list(now[mine].shape)
             edge[axis] = 1
-            now = list(now)
-            now[mine] = np.concatenate([now[mine], np.full(edge, self.constant, now[mine].dtype)], axis=axis)
+            wider = np.concatenate([now[mine], np.full(edge, self.constant, now[mine].dtype)], axis=axis)
+            now = (now[0], wider) if mine else (wider, now[1])
         one, two = product.sides(now[0], now[1], feeds), product.sides(whole[0], whole[1], feeds)
         width = one[mine].shape[-1]
         most = max(self.seat.columns.shape[0], ROOM // (batches * 2 * width**2))
@@ -159,76 +167,72 @@ class _Problem:
         cross = (first.transpose(0, 2, 1) @ goal) @ (other.transpose(0, 2, 1) @ second)
         power = np.einsum("pab,pab->p", goal.transpose(0, 2, 1) @ goal, other.transpose(0, 2, 1) @ other, dtype=np.float64)
         part = (heads[kept], first.transpose(0, 2, 1) @ first, second.transpose(0, 2, 1) @ second, cross, power)
-        (self.held if held else self.seen).parts.append(part)
+        (self.held if held else self.seen).append(part)
 
     def solve(self) -> tuple[np.ndarray, Matched]:
         """The matrices (heads, f, d), with the shrinkage that does best on held-out samples; the identity where none helps."""
         many, d = self.seat.columns.shape
-        start = np.broadcast_to(np.eye(d + self.affine, d), (many, d + self.affine, d))
-        both = self.seen.joined(self.held)
+        start = np.eye(d + self.affine, d)
+        both = _heads([*self.seen, *self.held], many)
         best = np.inf
-        if self.seen.parts and self.held.parts:
-            seen, held = self.seen.joined(), self.held.joined()
-            error = _missed(held, start)
+        if self.seen and self.held:
+            seen, held = _heads(self.seen, many), _heads(self.held, many)
+            error = sum(head.missed(start) for head in held)
             for shrinkage in SHRINKAGES:
-                missed = _missed(held, _solved(seen, start, shrinkage))
+                missed = sum(other.missed(head.solved(start, shrinkage)) for head, other in zip(seen, held, strict=True))
                 if missed < error:
                     best, error = shrinkage, missed
-        fitted = _solved(both, start, best) if np.isfinite(best) else start
-        power = max(float(both[-1].sum()), 1e-30)
-        return fitted, Matched(_missed(both, start) / power, _missed(both, fitted) / power, best)
+        fitted = np.stack([head.solved(start, best) if np.isfinite(best) else start for head in both])
+        power = max(sum(head.power for head in both), 1e-30)
+        after = sum(head.missed(matrix) for head, matrix in zip(both, fitted, strict=True))
+        return fitted, Matched(sum(head.missed(start) for head in both) / power, after / power, best)
 
 
-def _each(factors: list[np.ndarray], many: int) -> list[list[np.ndarray]]:
-    return [[array[factors[0] == head] for array in factors[1:]] for head in range(many)]
+class _Head:
+    """The sums of one head's normal equations: Σ first·M·second over positions, with cross = Σ firstᵀ goal otherᵀ second."""
 
+    def __init__(self, first: np.ndarray, second: np.ndarray, cross: np.ndarray, power: np.ndarray) -> None:
+        self.count, f, d = len(first), first.shape[1], second.shape[1]
+        self.cross = cross.sum(axis=0, dtype=np.float64)
+        self.power = float(power.sum())
+        self.means = first.mean(axis=0, dtype=np.float64), second.mean(axis=0, dtype=np.float64)
+        self.scale = float(np.einsum("paa,pbb->", first, second, dtype=np.float64)) / (f * d)
+        # both are symmetric: laid out so that all positions are one matrix product
+        self._first = np.ascontiguousarray(first.transpose(1, 0, 2)).reshape(-1, f)
+        self._second = second.reshape(-1, d)
 
-def _missed(factors: list[np.ndarray], matrices: np.ndarray) -> float:
-    """Σ ‖goal − first M secondᵀ‖² over all positions."""
-    total = 0.0
-    for (first, second, cross, power), matrix in zip(_each(factors, len(matrices)), matrices, strict=True):
-        made = _applied(first, second, matrix)
-        total += float(power.sum()) + float((matrix * (made - 2 * cross.sum(axis=0, dtype=np.float64))).sum())
-    return max(total, 0.0)
+    def applied(self, matrix: np.ndarray) -> np.ndarray:
+        made = (self._first @ matrix.astype(np.float32)).reshape(len(matrix), -1) @ self._second
+        return np.asarray(made, np.float64)
 
+    def missed(self, matrix: np.ndarray) -> float:
+        """Σ ‖goal − first M secondᵀ‖² over all positions."""
+        return max(self.power + float((matrix * (self.applied(matrix) - 2 * self.cross)).sum()), 0.0)
 
-def _applied(first: np.ndarray, second: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Σ first M second over positions, float64."""
-    return np.asarray(np.einsum("pab,pbc->ac", first, matrix.astype(np.float32) @ second, dtype=np.float64, optimize=True))
-
-
-def _solved(factors: list[np.ndarray], start: np.ndarray, shrinkage: float) -> np.ndarray:
-    fitted = []
-    for (first, second, cross, _), matrix in zip(_each(factors, len(start)), start, strict=True):
-        fitted.append(_descended(first, second, cross.sum(axis=0, dtype=np.float64), matrix, shrinkage) if len(first) else matrix)
-    return np.stack(fitted)
-
-
-def _descended(first: np.ndarray, second: np.ndarray, cross: np.ndarray, start: np.ndarray, shrinkage: float) -> np.ndarray:
-    """Preconditioned conjugate gradients on Σ first M second + pull·(M − start) = cross."""
-    diagonals = np.einsum("paa,pbb->", first, second, dtype=np.float64) / start.size
-    pull = shrinkage * max(float(diagonals), 1e-30)
-    one, two = first.mean(axis=0, dtype=np.float64), second.mean(axis=0, dtype=np.float64)
-    count, root = len(first), np.sqrt(pull / len(first))
-    # of (one ⊗ two) and the pull, both diagonal in the eigenvectors of the two means
-    (a, u), (b, v) = np.linalg.eigh(one), np.linalg.eigh(two)
-    weights = 1 / (count * np.maximum(a, 0)[:, None] * np.maximum(b, 0) + pull + 1e-9 * count * root)
-    matrix = start.copy()
-    left = cross - _applied(first, second, matrix)
-    goal = float(np.abs(left).max()) * 1e-6
-    turned = u @ (weights * (u.T @ left @ v)) @ v.T
-    step, size = turned, float((left * turned).sum())
-    for _ in range(STEPS):
-        if np.abs(left).max() <= goal or size <= 0:
-            break
-        made = _applied(first, second, step) + pull * step
-        length = size / max(float((step * made).sum()), 1e-300)
-        matrix = matrix + length * step
-        left = left - length * made
+    def solved(self, start: np.ndarray, shrinkage: float) -> np.ndarray:
+        """Preconditioned conjugate gradients on Σ first M second + pull·(M − start) = cross."""
+        if not self.count:
+            return start
+        pull = shrinkage * max(self.scale, 1e-30)
+        # of the means' own product and the pull, both diagonal in the eigenvectors of the two means
+        (a, u), (b, v) = (np.linalg.eigh(mean) for mean in self.means)
+        weights = 1 / (self.count * np.maximum(a, 0)[:, None] * np.maximum(b, 0) + pull)
+        matrix = np.array(start)
+        left = self.cross - self.applied(matrix)
         turned = u @ (weights * (u.T @ left @ v)) @ v.T
-        size, last = float((left * turned).sum()), size
-        step = turned + size / last * step
-    return np.asarray(matrix)
+        step, size = turned, float((left * turned).sum())
+        goal = TOLERANCE**2 * size
+        for _ in range(STEPS):
+            if size <= goal:
+                break
+            made = self.applied(step) + pull * step
+            length = size / max(float((step * made).sum()), 1e-300)
+            matrix += length * step
+            left -= length * made
+            turned = u @ (weights * (u.T @ left @ v)) @ v.T
+            size, last = float((left * turned).sum()), size
+            step = turned + size / last * step
+        return matrix
 
 
 def _fold(pruned: ModelProto, seat: _Seat, matrices: np.ndarray, constant: float) -> None:
@@ -237,8 +241,7 @@ def _fold(pruned: ModelProto, seat: _Seat, matrices: np.ndarray, constant: float
     tensors = tensors_of(pruned)
     weight = numpy_helper.to_array(tensors[found.weight])
     rows = found.shape.matrix(weight)[0].copy()
-    given = numpy_helper.to_array(tensors[found.bias]) if found.bias else None
-    bias = np.zeros(len(rows)) if given is None else np.asarray(given, np.float64).ravel().copy()
+    bias = bias_of(pruned, found, len(rows)).copy()
     d = seat.columns.shape[1]
     for columns, matrix in zip(seat.columns, matrices, strict=True):
         rows[columns] = matrix[:d].T @ rows[columns]
@@ -247,5 +250,4 @@ def _fold(pruned: ModelProto, seat: _Seat, matrices: np.ndarray, constant: float
             bias[columns] += constant / seat.carrier.scale * matrix[d]
     write(tensors[found.weight], found.shape.weight(rows[None], weight))
     if found.layer.takes_bias:
-        shape, kind = (given.shape, given.dtype) if given is not None else ((bias.size,), weight.dtype)
-        give_bias(pruned, found, bias.reshape(shape).astype(kind))
+        give_bias(pruned, found, bias)

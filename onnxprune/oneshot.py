@@ -10,10 +10,9 @@ import numpy as np
 from onnx import ModelProto, numpy_helper
 
 from onnxprune.evidence import Evidence, Reading
-from onnxprune.linear import CONVOLUTIONS
 from onnxprune.plans import Plan
 from onnxprune.rewriter import Widths
-from onnxprune.seats import Seat, give_bias, seats, tensors_of, write
+from onnxprune.seats import Seat, bias_of, give_bias, outputs_left, seats, tensors_of, write
 
 DAMPING = 1e-2  # of the mean variance of a feature
 
@@ -46,7 +45,6 @@ def _update(proto: ModelProto, widths: Widths, seat: Seat, weight: np.ndarray, r
     groups = sliced.shape[0]
     if sliced.shape[2] != kept.sum() or groups != reading.matrix.shape[0]:
         return  # the layer has lost something else besides
-    given = numpy_helper.to_array(tensors_of(proto)[seat.bias]) if seat.bias else None
     whole = _rows(widths, seat, reading.matrix, sliced)
     if whole is None:
         return
@@ -61,17 +59,12 @@ def _update(proto: ModelProto, widths: Widths, seat: Seat, weight: np.ndarray, r
     if not seat.layer.takes_bias:
         return
     shift = np.einsum("gof,gf->go", whole, reading.mean) - np.einsum("gof,gf->go", matrix, reading.mean[:, kept])
-    old = np.zeros(shift.size) if given is None else np.asarray(given, np.float64).ravel()
-    shape, kind = ((shift.size,), weight.dtype) if given is None else (given.shape, given.dtype)
-    give_bias(proto, seat, (old + shift.ravel()).reshape(shape).astype(kind))
+    give_bias(proto, seat, bias_of(proto, seat, shift.size) + shift.ravel())
 
 
 def _rows(widths: Widths, seat: Seat, matrix: np.ndarray, sliced: np.ndarray) -> np.ndarray | None:
     """The original weights of the outputs that stay, (groups, out that stay, all features); None where they are not clear."""
-    name = seat.layer.output
-    rank = len(widths.grouping.model.shapes[name])
-    axis = 1 if seat.layer.op in CONVOLUTIONS else rank - (2 if seat.shape.left else 1)
-    mask = widths.mask((name, axis))
+    mask = outputs_left(widths, seat)
     if mask is None:
         return matrix if matrix.shape[1] == sliced.shape[1] else None
     rows = mask.reshape(matrix.shape[0], -1)

@@ -7,6 +7,7 @@ features are these terms, with the inner products ⟨L_u R_uᵀ, L_v R_vᵀ⟩ =
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,16 +22,26 @@ from onnxprune.running import Arrays
 
 @dataclass(frozen=True)
 class Product:
-    """A MatMul left (…, n, d) · right (…, d, m) of the main graph.
+    """A MatMul left (…, n, d) · right (…, d, m) of the main graph, or an Einsum that is one with its axes in another order.
 
-    node: its position; logits: only a Softmax over m reads it, behind a scale and a mask, so that what is added to a whole row of
-    its result changes nothing.
+    node: its position; order: of the axes of either side in the file, to have them as above; logits: only a Softmax over m
+    reads it, behind a scale and a mask, so that what is added to a whole row of its result changes nothing.
     """
 
     node: int
     left: str
     right: str
+    order: tuple[tuple[int, ...], tuple[int, ...]]
     logits: bool
+
+    @property
+    def axis(self) -> int:
+        """The axis of the left side that is summed over."""
+        return self.order[0][-1]
+
+    def turned(self, values: Mapping[str, np.ndarray], left: str, right: str) -> tuple[np.ndarray, np.ndarray]:
+        """Both sides out of a model's values, as (…, n, d) and (…, d, m)."""
+        return values[left].transpose(self.order[0]), values[right].transpose(self.order[1])
 
     def sides(self, left: np.ndarray, right: np.ndarray, feeds: Arrays) -> tuple[np.ndarray, np.ndarray]:
         """Values as (positions, n, d) and (positions, m, d): zero where a mask turns a place off, logits less their rows' means."""
@@ -51,19 +62,35 @@ def products(model: Model) -> list[Product]:
     """The products of two activations of the main graph, in its order."""
     found = []
     for index, node in enumerate(model.main):
-        if node.op_type != "MatMul" or node.domain not in ("", "ai.onnx"):
+        if node.op_type not in ("Einsum", "MatMul") or node.domain not in ("", "ai.onnx") or len(node.input) != 2:
             continue
         left, right = node.input
-        shapes = [model.shapes.get(name, ()) for name in (left, right)]
-        if left not in model.tensors and right not in model.tensors and left != right and min(map(len, shapes)) > 2:
-            found.append(Product(index, left, right, _is_logits(model, node.output[0])))
+        ranks = [len(model.shapes.get(name, ())) for name in (left, right)]
+        order = _order(str(attributes(node).get("equation", "")), ranks[0], ranks[1])
+        if order is not None and left not in model.tensors and right not in model.tensors and left != right and min(ranks) > 2:
+            found.append(Product(index, left, right, order[:2], order[2] and _is_logits(model, node.output[0])))
     return found
+
+
+def _order(equation: str, left: int, right: int) -> tuple[tuple[int, ...], tuple[int, ...], bool] | None:
+    """The order of the axes of both sides (of a MatMul as they are), and whether m comes last; None where it is no such product."""
+    if not equation:
+        return tuple(range(left)), tuple(range(right)), True
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    one, comma, other = terms.partition(",")
+    batch = [letter for letter in result if letter in one and letter in other]
+    sides = [[letter for letter in one if letter not in other], [letter for letter in other if letter not in one]]
+    inner = [letter for letter in one if letter in other and letter not in result]
+    plain = arrow and comma and "." not in equation and len(set(one)) == len(one) == left and len(set(other)) == len(other) == right
+    if not plain or [len(part) for part in (*sides, inner)] != [1, 1, 1] or not set(sides[0] + sides[1]) <= set(result):
+        return None
+    orders = [tuple(term.index(c) for c in (*batch, *ends)) for term, ends in ((one, sides[0] + inner), (other, inner + sides[1]))]
+    return orders[0], orders[1], result[-1] == sides[1][0]
 
 
 def summed(grouping: Grouping, product: Product, group: Group) -> np.ndarray | None:
     """(units, places) of each unit on the axis that a product sums over; None where it sums over none of them."""
-    axis = (product.left, len(grouping.model.shapes[product.left]) - 1)
-    places = layouts.positions(grouping.layout(axis))
+    places = layouts.positions(grouping.layout((product.left, product.axis)))
     if not group.leaves or any(leaf not in places for leaf in group.leaves):
         return None
     found = [places[leaf] for leaf in group.leaves]

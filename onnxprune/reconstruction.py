@@ -22,10 +22,11 @@ from onnxprune.matching import Matched, match, narrowed
 from onnxprune.moments import Observed
 from onnxprune.plans import Plan
 from onnxprune.products import Product
+from onnxprune.recurrences import spelled_out
 from onnxprune.rewriter import Widths
 from onnxprune.ridge import Fit
 from onnxprune.running import Arrays
-from onnxprune.seats import Seat, give_bias, seats, tensors_of, write
+from onnxprune.seats import Seat, bias_of, give_bias, original_goal, seats, tensors_of, write
 
 Batches = Callable[[], Iterable[Arrays]]
 ROWS = 65536  # of a layer, or 16 times its features where that is more
@@ -120,14 +121,14 @@ def _observe(
     """What the layers of a stage read and should make, over the batches to fit to and over those to choose by."""
     tensors = tensors_of(pruned)
     mine = Tap(pruned, [name for seat in stage for name in (seat.source, seat.other) if name])
-    original = Tap(plan.grouping.model.proto, [seat.goal for seat in stage])
+    original = Tap(spelled_out(plan.grouping.model, (seat.layer for seat in stage)), [seat.goal for seat in stage])
     weights = [numpy_helper.to_array(tensors[seat.weight]) for seat in stage]
     found = [Observed.of(seat.shape.matrix(weight).shape, seat.bounds) for seat, weight in zip(stage, weights, strict=True)]
     every = max(2, min(round(1 / held), total))  # one batch is held out where there are two
     for number, feeds in enumerate(batches()):
         now, then = mine.run(feeds), original.run(feeds)
         for position, (seat, weight) in enumerate(zip(stage, weights, strict=True)):
-            goal = widths.cut(seat.goal, then[seat.goal])
+            goal = original_goal(widths, seat, then[seat.goal])
             many = max(ROWS, 16 * found[position].seen.x.shape[1]) // total
             places = seat.shape.choose(goal.shape, many, feeds, np.random.default_rng([position, number]))
             kernel = weight.shape[2:] if seat.shape.op in CONVOLUTIONS else ()
@@ -144,17 +145,15 @@ def _fit(proto: ModelProto, seat: Seat, observed: Observed, solve: Solve) -> Fit
     weight = numpy_helper.to_array(tensors[seat.weight])
     matrix = seat.shape.matrix(weight)
     groups, wide, _ = matrix.shape
-    given = numpy_helper.to_array(tensors[seat.bias]) if seat.bias else None
-    bias = np.zeros((groups, wide)) if given is None else np.asarray(given, np.float64).reshape(groups, wide)
+    bias = bias_of(proto, seat, groups * wide).reshape(groups, wide)
     if not (observed.seen.finite and observed.held.finite):
         return Fit(matrix, bias, np.inf, np.nan, np.nan)
     found = solve(observed, matrix, bias, seat.layer.takes_bias)
-    shape, kind = (given.shape, given.dtype) if given is not None else ((found.bias.size,), weight.dtype)
     with np.errstate(over="ignore"):
-        fitted, shift = seat.shape.weight(found.matrix, weight), found.bias.reshape(shape).astype(kind)
+        fitted, shift = seat.shape.weight(found.matrix, weight), found.bias.astype(weight.dtype)
     if not (np.isfinite(np.asarray(fitted, np.float32)).all() and np.isfinite(np.asarray(shift, np.float32)).all()):
         return Fit(matrix, bias, np.inf, found.before, found.before)  # half precision does not hold what was found
     write(tensors[seat.weight], fitted)
     if seat.layer.takes_bias:
-        give_bias(proto, seat, shift)
+        give_bias(proto, seat, found.bias.ravel())
     return found

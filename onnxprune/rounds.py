@@ -12,7 +12,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from onnxprune.grouping import Grouping
-from onnxprune.linear import CONVOLUTIONS, made_by
+from onnxprune.linear import CONVOLUTIONS, RECURRENT, made_by
 from onnxprune.plans import Plan
 from onnxprune.relations import Axis
 from onnxprune.rewriter import Widths
@@ -76,6 +76,8 @@ def _given(plan: Plan, compensated: ModelProto) -> list[_Fresh]:
     found = []
     for seat in seats(plan, compensated):
         layer = seat.layer
+        if layer.op in RECURRENT:
+            continue  # never given one
         node = made[layer.output] if layer.add >= 0 else seat.node
         inputs = node.input if layer.add >= 0 else node.input[2:]
         axis = 1 if layer.op in CONVOLUTIONS else len(model.shapes[layer.output]) - 1

@@ -10,8 +10,10 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from onnxprune.evidence import WIDEST
 from onnxprune.folding import attributes
 from onnxprune.importer import Model
-from onnxprune.linear import Geometry, Linear, geometry, linears, made_by
+from onnxprune.linear import CONVOLUTIONS, RECURRENT, Geometry, Linear, geometry, linears, made_by
 from onnxprune.plans import Plan
+from onnxprune.recurrences import recurrences
+from onnxprune.rewriter import Widths
 from onnxprune.scopes import captured
 
 
@@ -47,13 +49,14 @@ def seats(plan: Plan, pruned: ModelProto) -> list[Seat]:
     changed = {name for name, tensor in tensors.items() if name in model.tensors and list(tensor.dims) != list(model.tensors[name].dims)}
     originally = made_by(model.main)
     for node in pruned.graph.node:
-        old = originally.get(node.output[0]) if node.output else None
+        made_here = [name for name in node.output if name]
+        old = originally.get(made_here[0]) if made_here else None
         fresh = old is None or list(old.input) != list(node.input)
         if fresh or changed.intersection(node.input):
-            changed.update(node.output)
+            changed.update(made_here)
     found = []
-    for layer in linears(model):
-        name = model.main[layer.node].output[0]
+    for layer in sorted((*linears(model), *recurrences(model)), key=lambda layer: layer.node):
+        name = next(out for out in model.main[layer.node].output if out)
         node = made.get(name)
         if node is None or node.op_type != layer.op or layer.weight not in node.input or layer.weight not in tensors:
             continue
@@ -108,13 +111,47 @@ def tensors_of(proto: ModelProto) -> dict[str, TensorProto]:
     return found
 
 
+def outputs_left(widths: Widths, seat: Seat) -> np.ndarray | None:
+    """Which of the original layer's outputs stay, bool (out,); None where all do."""
+    model = widths.grouping.model
+    if seat.layer.op in RECURRENT:
+        mask = widths.mask((seat.weight, 1))
+        return None if mask is None else np.tile(mask, model.tensors[seat.weight].dims[0])
+    rank = len(model.shapes[seat.layer.output])
+    return widths.mask((seat.layer.output, 1 if seat.layer.op in CONVOLUTIONS else rank - (2 if seat.shape.left else 1)))
+
+
+def original_goal(widths: Widths, seat: Seat, array: np.ndarray) -> np.ndarray:
+    """What the original's layer made, without the removed units."""
+    if seat.layer.op not in RECURRENT:
+        return widths.cut(seat.goal, array)
+    mask = outputs_left(widths, seat)
+    return array if mask is None else np.compress(mask, array, axis=-1)
+
+
+def bias_of(proto: ModelProto, seat: Seat, wide: int) -> np.ndarray:
+    """A layer's bias, float64 (wide,): of a recurrent layer the half that goes with its inputs; zeros where there is none."""
+    if not seat.bias:
+        return np.zeros(wide)
+    given = numpy_helper.to_array(tensors_of(proto)[seat.bias])
+    return np.asarray(given[:, : given.shape[1] // 2] if seat.layer.op in RECURRENT else given, np.float64).reshape(wide)
+
+
 def give_bias(proto: ModelProto, seat: Seat, bias: np.ndarray) -> None:
-    """Write a layer's bias: into its tensor if no other node reads it, else into one of its own."""
+    """Write a layer's bias (out,): into its tensor if no other node reads it, else into one of its own."""
+    tensors = tensors_of(proto)
+    if seat.bias:
+        given = numpy_helper.to_array(tensors[seat.bias])
+        if seat.layer.op in RECURRENT:
+            bias = np.concatenate([bias.reshape(len(given), -1), given[:, given.shape[1] // 2 :]], axis=1)
+        bias = bias.reshape(given.shape).astype(given.dtype)
+    else:
+        bias = bias.astype(numpy_helper.to_array(tensors[seat.weight]).dtype)
     made = made_by(proto.graph.node)
-    node = made[seat.layer.output if seat.layer.add >= 0 else seat.node.output[0]]
+    node = made[seat.layer.output if seat.layer.add >= 0 else next(out for out in seat.node.output if out)]
     readers = sum(list(other.input).count(seat.bias) + (seat.bias in captured(other)) for other in proto.graph.node) if seat.bias else 0
     if readers == 1 and all(value.name != seat.bias for value in proto.graph.output):
-        write(tensors_of(proto)[seat.bias], bias)
+        write(tensors[seat.bias], bias)
         return
     taken = {t.name for t in proto.graph.initializer} | set(made) | {v.name for v in proto.graph.input}
     name = next(n for i in range(len(taken) + 1) if (n := f"{seat.weight}_bias{i or ''}") not in taken)

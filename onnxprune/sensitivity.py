@@ -14,6 +14,7 @@ from onnxprune.equivalence import distortion
 from onnxprune.errors import OnnxPruneError
 from onnxprune.evidence import Evidence
 from onnxprune.grouping import Grouping
+from onnxprune.matching import match, narrowed
 from onnxprune.oneshot import updated
 from onnxprune.plans import Plan
 from onnxprune.rewriter import Widths, rewrite
@@ -69,8 +70,10 @@ def curves(
     def measure(group: int, units: np.ndarray) -> float:
         plan = Plan(grouping, {group: units})
         try:
-            pruned = finish(rewrite(grouping, plan.remove))
-            return change(before, outputs_of(updated(plan, pruned, evidence), batches), Widths(grouping, plan.remove))
+            pruned = updated(plan, finish(rewrite(grouping, plan.remove)), evidence)
+            for product in narrowed(plan, pruned):
+                match(plan, pruned, product, lambda: batches)
+            return change(before, outputs_of(pruned, batches), Widths(grouping, plan.remove))
         except OnnxPruneError:
             return float("inf")
 

@@ -11,6 +11,7 @@ from onnx import ModelProto, numpy_helper
 from outside import Weight, build
 
 from onnxprune import matching
+from onnxprune.allocations import choose
 from onnxprune.capture import Tap
 from onnxprune.evidence import gather
 from onnxprune.grouping import Group, Grouping, group
@@ -43,6 +44,9 @@ def forms() -> dict[str, tuple[str, dict[str, Weight], str]]:
         "qt = Gather <axis=0> (t, zero) ks = Gather <axis=0> (t, one) vt = Gather <axis=0> (t, two) kt = Transpose <perm=[0,1,3,2]> (ks)"
     )
     numbers: dict[str, Weight] = {"zero": np.array(0), "one": np.array(1), "two": np.array(2), "five": [0, 0, 3, HEADS, SIZE]}
+    einsum = " ".join(f"{a}t = Reshape ({a}, there)" for a in "qkv")
+    einsum += ' s = Einsum <equation="bqhd,bkhd->bhqk"> (qt, kt) e = Div (s, root) p = Softmax (e) '
+    einsum += 'o = Einsum <equation="bhqk,bkhd->bqhd"> (p, vt) z = Reshape (o, back) y = MatMul (z, wo)'
     pixels = "h = Conv (x, w, b) r = Reshape (h, there) q, k, v = Split <axis=2> (r, sizes) qt = Transpose <perm=[0,1,3,2]> (q) "
     pixels += "s = MatMul (qt, k) e = Div (s, root) p = Softmax (e) vt = Transpose <perm=[0,1,3,2]> (v) o = MatMul (p, vt) "
     pixels += "ot = Transpose <perm=[0,1,3,2]> (o) z = Reshape (ot, back) y = Conv (z, wo)"
@@ -56,6 +60,7 @@ def forms() -> dict[str, tuple[str, dict[str, Weight], str]]:
         ),
         "scaled-queries": (ROWS, SEPARATE, f"{LAYERS.replace('q = Add', 'qb = Add')} q = Mul (qb, root) {PARTED} {end}"),
         "gemm": (ROWS, SEPARATE | {"two": [-1, 8], "cube": [-1, 5, WIDE]}, f"flat = Reshape (x, two) {gemms} {PARTED} {end}"),
+        "einsum": (ROWS, SEPARATE, f"{LAYERS} {einsum}"),
         "packed-split": (ROWS, PACKED, f"h = MatMul (x, w) hb = Add (h, b) q, k, v = Split <axis=2> (hb) {PARTED} {end}"),
         "packed-gather": (ROWS, PACKED | numbers, f"{picked} {end}"),
         "pixels": ("float[N,8,2,3] x", planes | {"there": [0, HEADS, 3 * SIZE, -1], "back": [0, WIDE, 2, 3]}, pixels),
@@ -128,6 +133,7 @@ def test_the_fit_is_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against numpy's own solution of the linear system in all numbers of the matrices, one head after the other."""
     monkeypatch.setattr(matching, "SHRINKAGES", (1e-12,))
     monkeypatch.setattr(matching, "STEPS", 2000)
+    monkeypatch.setattr(matching, "TOLERANCE", 1e-6)
     model = made("separate")
     found, feeds = group(load(model)), batches(model)
     plan = Plan(found, {dims(found).id: np.array([2])})
@@ -250,3 +256,36 @@ def test_what_reads_values_and_heads_is_the_layer_behind(name: str) -> None:
     assert readers["head3"] == ["wo"]
     sizes = [r.layer.weight if r.layer else "product" for g in found.groups if g.units == SIZE for r in evidence.of(g)]
     assert sorted(sizes) == ["product", "wo"]
+
+
+def test_measured_losses_say_whether_heads_go_or_their_dimensions() -> None:
+    """Without them the larger group is narrowed alone."""
+    model = build(ROWS, forms()["separate"][2], "float y", {**SPREAD, **forms()["separate"][1], "there": [0, 0, 4, 3]}, opset=13)
+    for units, kind in ((3, "channel"), (4, "head")):
+        found = group(load(model))
+        scores = {g.id: np.arange(g.units, dtype=float) for g in found.groups}
+        losses = {g.id: np.arange(g.units + 1) * (1.0 if g.kind == kind else 100.0) for g in found.groups}
+        gone = choose(found, scores, 0.2, rule="distortion", losses=losses).remove
+        assert {g.units for g in found.groups if g.id in gone} == {units}
+    assert {g.kind for g in found.groups if g.id in choose(found, scores, 0.2).remove} == {"head"}
+
+
+def test_rotary_embeddings_are_scored_by_pairs_and_left_alone() -> None:
+    body = forms()["separate"][2].replace("s = MatMul (qt, kt)", "qu = Identity (qt) ku = Transpose <perm=[0,1,3,2]> (kt)")
+    for a in "qk":
+        half = f"{a}1, {a}2 = Split <axis=3> ({a}u) {a}n = Neg ({a}2) {a}j = Concat <axis=3> ({a}n, {a}1)"
+        turn = f"{half} {a}c = Mul ({a}u, cos) {a}s = Mul ({a}j, sin) {a}w = Add ({a}c, {a}s)"
+        body = body.replace("e = Div (s, root)", f"{turn} e = Div (s, root)")
+    body = body.replace("e = Div (s, root)", "kx = Transpose <perm=[0,1,3,2]> (kw) s = MatMul (qw, kx) e = Div (s, root)")
+    angles = np.outer(np.arange(5), [1.0, 0.1, 1.0, 0.1]).astype(np.float32)
+    turns: dict[str, Weight] = {"cos": np.cos(angles), "sin": np.sin(angles)}
+    model = build(ROWS, body, "float y", {**SPREAD, **SEPARATE, **turns}, opset=13, seed=3)
+    found, feeds = group(load(model)), batches(model)
+    mine = next(g for g in found.groups if any(m.tensor == "wq" for m in g.members) and g.kind == "channel")
+    [reading] = gather(found, feeds).of(mine)
+    assert reading.features.tolist() == [[0, 2], [1, 3]]
+    plan = Plan(found, {mine.id: np.array([1])})
+    said: list[str] = []
+    fitted, _ = reconstruct(plan, rewrite(found, plan.remove), feeds, progress=said.append)
+    assert any(line.startswith("s is left alone") for line in said)
+    assert outputs(fitted, feeds).shape == outputs(model, feeds).shape
