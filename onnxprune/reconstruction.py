@@ -33,15 +33,18 @@ WORK = 3e13  # multiply-accumulates that all passes may take; more layers share 
 class Refit:
     """A layer that was fitted anew: its node, and the share of its targets' variance that it misses before and after.
 
-    Of a layer right before a Relu or Clip it is what the Relu or Clip lets through that counts.
+    Of a layer right before a Relu or Clip it is what the Relu or Clip lets through that counts.  partner: the layer before it,
+    where the two were refined together (`refinement`) after they were fitted.
     """
 
     node: str
     before: float
     after: float
     shrinkage: float
+    partner: str = ""
 
 
+After = Callable[[ModelProto, Seat], Refit | None]
 Solve = Callable[[Observed, np.ndarray, np.ndarray, bool], Fit]
 
 
@@ -52,12 +55,14 @@ def reconstruct(
     solve: Solve = reconstructed,
     held: float = 0.25,
     progress: Callable[[str], None] | None = None,
+    after: After | None = None,
 ) -> tuple[ModelProto, list[Refit]]:
     """A copy of the pruned model with the weights and biases of its layers fitted to the original, layer after layer.
 
     batches: yields feeds anew at each call; every fourth batch (`held`: the share) chooses the shrinkage.  Tensors keep their names
     and shapes; a Conv, ConvTranspose or Gemm without a bias gets one.  Where a pass for each layer would take long, several layers
-    share one, and only layers that lost inputs are fitted.
+    share one, and only layers that lost inputs are fitted.  after: what may change the model further when a layer is fitted; it is
+    left out where layers share passes.
     """
     out = ModelProto()
     out.CopyFrom(pruned)
@@ -65,12 +70,19 @@ def reconstruct(
     sizes = [max((len(v) for v in feeds.values() if np.ndim(v)), default=1) for feeds in batches()]
     stages = _stages(plan, seats(plan, out), sum(sizes))
     report: list[Refit] = []
+    if after and any(len(stage) > 1 for stage in stages):
+        after = None
+        if progress:
+            progress("no layers are refined together: the model or the calibration set is too large")
     for number, stage in enumerate(stages):
         if progress:
             progress(f"fitting the layers that stay, pass {number + 1} of {len(stages)}")
         for seat, observed in zip(stage, _observe(plan, out, widths, stage, batches, len(sizes), held), strict=True):
             fitted = _fit(out, seat, observed, solve)
             report.append(Refit(seat.node.name or seat.node.output[0], fitted.before, fitted.after, fitted.shrinkage))
+            more = after(out, seat) if after else None
+            if more:
+                report.append(more)
     return out, report
 
 
@@ -99,7 +111,7 @@ def _observe(
     for number, feeds in enumerate(batches()):
         now, then = mine.run(feeds), original.run(feeds)
         for position, (seat, weight) in enumerate(zip(stage, weights, strict=True)):
-            goal = _kept(then[seat.goal], widths, seat.goal)
+            goal = kept(then[seat.goal], widths, seat.goal)
             many = max(ROWS, 16 * found[position].seen.x.shape[1]) // total
             places = seat.shape.choose(goal.shape, many, feeds, np.random.default_rng([position, number]))
             kernel = weight.shape[2:] if seat.shape.op in CONVOLUTIONS else ()
@@ -110,7 +122,7 @@ def _observe(
     return found
 
 
-def _kept(array: np.ndarray, widths: Widths, name: str) -> np.ndarray:
+def kept(array: np.ndarray, widths: Widths, name: str) -> np.ndarray:
     """A value of the original without the removed units."""
     for axis in range(array.ndim):
         mask = widths.mask((name, axis))

@@ -13,7 +13,7 @@ from onnx import ModelProto, numpy_helper
 from onnxprune.grouping import Grouping
 from onnxprune.plans import Plan
 from onnxprune.rewriter import Widths
-from onnxprune.seats import seats, tensors_of, write
+from onnxprune.seats import all_seats, tensors_of, write
 
 
 def put_back(plan: Plan, compensated: ModelProto) -> Grouping:
@@ -34,7 +34,7 @@ def put_back(plan: Plan, compensated: ModelProto) -> Grouping:
                 write(tensor, whole)
     tensors = {name: tensors_of(proto).get(name, tensor) for name, tensor in model.tensors.items()}
     made = {o: node for node in proto.graph.node for o in node.output}
-    for seat in seats(plan, compensated):
+    for seat in all_seats(plan, compensated):
         fresh = seat.node.input[2] if seat.layer.add < 0 and len(seat.node.input) > 2 else ""
         if fresh and fresh not in model.tensors and not seat.layer.bias:
             bias = numpy_helper.to_array(now[fresh])

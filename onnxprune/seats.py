@@ -19,7 +19,8 @@ class Seat:
     """A layer in the pruned model: the node there, and what it reads.
 
     other: the other operand of the residual Add that its output goes into, "" where there is none; narrowed: it has lost inputs;
-    bounds: what a Relu or Clip right behind lets through.
+    changed: it reads something, or is added to something, that is not what it was; bounds: what a Relu or Clip right behind lets
+    through.
     """
 
     layer: Linear
@@ -30,6 +31,7 @@ class Seat:
     bias: str
     other: str = ""
     narrowed: bool = False
+    changed: bool = False
     bounds: tuple[float, float] | None = None
 
     @property
@@ -40,6 +42,11 @@ class Seat:
 
 def seats(plan: Plan, pruned: ModelProto) -> list[Seat]:
     """The layers that see less than they did, or read something that has changed, in the order of the graph."""
+    return [seat for seat in all_seats(plan, pruned) if seat.changed]
+
+
+def all_seats(plan: Plan, pruned: ModelProto) -> list[Seat]:
+    """The linear layers that are still there, in the order of the graph."""
     model = plan.grouping.model
     made = made_by(pruned.graph.node)
     tensors = tensors_of(pruned)
@@ -67,14 +74,13 @@ def seats(plan: Plan, pruned: ModelProto) -> list[Seat]:
             add = made.get(layer.added[0])
             if add is not None and add.op_type == "Add" and layer.output in add.input:
                 other = add.input[1 - list(add.input).index(layer.output)]
-        if source in changed or other in changed:
-            wide = shape.matrix(numpy_helper.to_array(tensors[layer.weight])).shape[2]
-            if wide > WIDEST:
-                continue
-            whole = geometry(model.main[layer.node], layer.weight, len(tensors[layer.weight].dims))
-            narrowed = wide < whole.matrix(model.array(layer.weight)).shape[2]
-            seat = Seat(layer, node, shape, source, layer.weight, layer.bias, other, narrowed)
-            found.append(replace(seat, bounds=_bounds(model, seat.goal)))
+        wide = shape.features(tensors[layer.weight].dims)
+        if wide > WIDEST:
+            continue
+        whole = geometry(model.main[layer.node], layer.weight, len(tensors[layer.weight].dims))
+        narrowed = wide < whole.features(model.tensors[layer.weight].dims)
+        seat = Seat(layer, node, shape, source, layer.weight, layer.bias, other, narrowed, source in changed or other in changed)
+        found.append(replace(seat, bounds=_bounds(model, seat.goal)))
     return found
 
 
@@ -107,19 +113,28 @@ def tensors_of(proto: ModelProto) -> dict[str, TensorProto]:
     return found
 
 
+def bias_of(proto: ModelProto, seat: Seat) -> str:
+    """The tensor that holds a layer's bias now, "" where it has none: one may have been given since the seats were found."""
+    node = made_by(proto.graph.node)[seat.layer.output]
+    if seat.layer.add >= 0:
+        return str(next(name for name in node.input if name != seat.node.output[0]))
+    return str(node.input[2]) if seat.layer.op != "MatMul" and len(node.input) > 2 else ""
+
+
 def give_bias(proto: ModelProto, seat: Seat, bias: np.ndarray) -> None:
     """Write a layer's bias: into its tensor if no other node reads it, else into one of its own."""
     made = made_by(proto.graph.node)
-    node = made[seat.layer.output if seat.layer.add >= 0 else seat.node.output[0]]
-    readers = sum(list(other.input).count(seat.bias) for other in proto.graph.node) if seat.bias else 0
+    node = made[seat.layer.output]
+    now = bias_of(proto, seat)
+    readers = sum(list(other.input).count(now) for other in proto.graph.node) if now else 0
     if readers == 1:
-        write(tensors_of(proto)[seat.bias], bias)
+        write(tensors_of(proto)[now], bias)
         return
     taken = {t.name for t in proto.graph.initializer} | set(made) | {v.name for v in proto.graph.input}
     name = next(n for i in range(len(taken) + 1) if (n := f"{seat.weight}_bias{i or ''}") not in taken)
     proto.graph.initializer.append(numpy_helper.from_array(bias, name))
-    if seat.bias:
-        node.input[list(node.input).index(seat.bias)] = name
+    if now:
+        node.input[list(node.input).index(now)] = name
     else:
         del node.input[2:]
         node.input.append(name)
