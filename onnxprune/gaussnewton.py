@@ -10,7 +10,7 @@ No labels, and no learning rate: a step counts only if it lowers the loss on bat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,10 @@ class Weights:
 
     def plus(self, other: Weights, scale: float = 1.0) -> Weights:
         a, b, c, d = ((one + np.float32(scale) * two).astype(np.float32) for one, two in zip(self.parts, other.parts, strict=True))
+        return Weights((a, b, c, d))
+
+    def times(self, scale: float) -> Weights:
+        a, b, c, d = (np.float32(scale) * part for part in self.parts)
         return Weights((a, b, c, d))
 
     def dot(self, other: Weights) -> float:
@@ -179,14 +183,12 @@ def refined(pair: Pair, weights: Weights, batches: Sequence[Batch], factors: tup
     start = pair.loss(seen, weights) + pair.loss(held, weights)
     found, best = weights, pair.loss(held, weights)
     for _ in range(STEPS):
-        change = _step(pair, found, seen, factors)
-        tried = ((found.plus(change, length), length) for length in LENGTHS)
-        losses = ((one, pair.loss(held, one)) for one, _ in tried)
-        better = next(((one, loss) for one, loss in losses if loss < best), None)
-        if better is None:
+        longest, _ = _nearest(pair, held, found, _steps(pair, found, seen, factors))
+        change, loss = _nearest(pair, held, found, (longest.times(length) for length in LENGTHS))
+        if not loss < best:
             break
-        gain = 1 - better[1] / best
-        found, best = better
+        gain = 1 - loss / best
+        found, best = found.plus(change), loss
         if gain < GAIN:
             break
     if found is weights or not pair.loss(seen, found) + best < start:
@@ -194,8 +196,18 @@ def refined(pair: Pair, weights: Weights, batches: Sequence[Batch], factors: tup
     return found
 
 
-def _step(pair: Pair, weights: Weights, batches: Sequence[Batch], factors: tuple[Factor, Factor]) -> Weights:
-    """The change that a few conjugate gradients find."""
+def _nearest(pair: Pair, held: Sequence[Batch], weights: Weights, changes: Iterable[Weights]) -> tuple[Weights, float]:
+    """The change after which least is missed, and its loss; none at all where no loss is finite."""
+    found, least = weights.zeros(), float("inf")
+    for change in changes:
+        loss = pair.loss(held, weights.plus(change))
+        if loss < least:
+            found, least = change, loss
+    return found, least
+
+
+def _steps(pair: Pair, weights: Weights, batches: Sequence[Batch], factors: tuple[Factor, Factor]) -> Iterator[Weights]:
+    """The changes that more and more conjugate gradients find: the fewer, the nearer they stay."""
     at = [linearized(pair, batch, weights) for batch in batches]
     scales = _scales(pair, weights, at)
 
@@ -225,10 +237,10 @@ def _step(pair: Pair, weights: Weights, batches: Sequence[Batch], factors: tuple
         if not (np.isfinite(curvature) and curvature > 0 and size > 0):
             break
         change, left = change.plus(towards, size / curvature), left.plus(bent, -size / curvature)
+        yield change
         near = solved(left)
         size, before = left.dot(near), size
         towards = near.plus(towards, size / before)
-    return change
 
 
 def _scales(pair: Pair, weights: Weights, at: Sequence[Linearized]) -> tuple[np.ndarray, np.ndarray]:
