@@ -16,8 +16,9 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from onnxprune.errors import OnnxPruneError
 from onnxprune.linear import CONVOLUTIONS, Geometry
-from onnxprune.running import session
+from onnxprune.running import first_line, session
 
 OPSET = 11
 EVERYTHING = (slice(None), slice(None))  # of the first two axes
@@ -145,4 +146,7 @@ def _session(op: str, given: dict[str, Any]) -> ort.InferenceSession:
 
 
 def _made(made_by: ort.InferenceSession, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    return np.asarray(made_by.run(None, {"x": x, "w": weight})[0])
+    try:
+        return np.asarray(made_by.run(None, {"x": x, "w": weight})[0])
+    except Exception as error:
+        raise OnnxPruneError(f"onnxruntime does not run a layer by itself ({first_line(error)})", 4) from error

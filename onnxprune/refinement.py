@@ -22,7 +22,7 @@ from onnxprune.operators import operator
 from onnxprune.plans import Plan
 from onnxprune.reconstruction import Batches, Refit, kept
 from onnxprune.rewriter import Widths
-from onnxprune.running import Arrays, as_float32, session
+from onnxprune.running import Arrays, as_float32, first_line, session
 from onnxprune.scopes import captured
 from onnxprune.seats import Seat, all_seats, bias_of, give_bias, tensors_of, write
 
@@ -116,8 +116,10 @@ def refiner(
             return None
         try:
             refit = _refine(plan, proto, couple, widths, batches, WORK / len(found))
-        except OnnxPruneError:
-            refit = None
+        except OnnxPruneError as error:
+            if progress:
+                progress(f"{_name(couple.second)} is not refined: {error}")
+            return None
         if progress and refit:
             progress(f"refined {refit.node} with {refit.partner}: misses {refit.before:.4f}, then {refit.after:.4f}")
         return refit
@@ -205,8 +207,15 @@ def _activation(proto: ModelProto, couple: Couple) -> Callable[[np.ndarray], np.
     kind = tensors[couple.first.weight].data_type
     part.graph.input.append(helper.make_tensor_value_info(source, kind, None))
     part.graph.output.append(helper.make_tensor_value_info(output, kind, None))
-    run = session(as_float32(part), optimize=True, threads=0)
-    return lambda between: np.asarray(run.run(None, {source: between})[0])
+    made_by = session(as_float32(part), optimize=True, threads=0)
+
+    def activation(between: np.ndarray) -> np.ndarray:
+        try:
+            return np.asarray(made_by.run(None, {source: between})[0])
+        except Exception as error:
+            raise OnnxPruneError(f"onnxruntime does not run an activation by itself ({first_line(error)})", 4) from error
+
+    return activation
 
 
 def _gather(plan: Plan, proto: ModelProto, couple: Couple, widths: Widths, batches: Batches, work: float) -> list[Batch]:
