@@ -10,12 +10,12 @@ No labels, and no learning rate: a step counts only if it lowers the loss on bat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from onnxprune.linear import CONVOLUTIONS, Geometry
+from onnxprune.linear import Geometry
 from onnxprune.operators import Operator
 
 STEPS, ITERATIONS = 3, 6
@@ -183,8 +183,8 @@ def refined(pair: Pair, weights: Weights, batches: Sequence[Batch], factors: tup
     start = pair.loss(seen, weights) + pair.loss(held, weights)
     found, best = weights, pair.loss(held, weights)
     for _ in range(STEPS):
-        longest, _ = _nearest(pair, held, found, _steps(pair, found, seen, factors))
-        change, loss = _nearest(pair, held, found, (longest.times(length) for length in LENGTHS))
+        whole = _step(pair, found, seen, factors)
+        change, loss = _nearest(pair, held, found, [whole.times(length) for length in LENGTHS])
         if not loss < best:
             break
         gain = 1 - loss / best
@@ -196,7 +196,7 @@ def refined(pair: Pair, weights: Weights, batches: Sequence[Batch], factors: tup
     return found
 
 
-def _nearest(pair: Pair, held: Sequence[Batch], weights: Weights, changes: Iterable[Weights]) -> tuple[Weights, float]:
+def _nearest(pair: Pair, held: Sequence[Batch], weights: Weights, changes: Sequence[Weights]) -> tuple[Weights, float]:
     """The change after which least is missed, and its loss; none at all where no loss is finite."""
     found, least = weights.zeros(), float("inf")
     for change in changes:
@@ -206,8 +206,8 @@ def _nearest(pair: Pair, held: Sequence[Batch], weights: Weights, changes: Itera
     return found, least
 
 
-def _steps(pair: Pair, weights: Weights, batches: Sequence[Batch], factors: tuple[Factor, Factor]) -> Iterator[Weights]:
-    """The changes that more and more conjugate gradients find: the fewer, the nearer they stay."""
+def _step(pair: Pair, weights: Weights, batches: Sequence[Batch], factors: tuple[Factor, Factor]) -> Weights:
+    """The change that a few conjugate gradients find."""
     at = [linearized(pair, batch, weights) for batch in batches]
     scales = _scales(pair, weights, at)
 
@@ -237,10 +237,10 @@ def _steps(pair: Pair, weights: Weights, batches: Sequence[Batch], factors: tupl
         if not (np.isfinite(curvature) and curvature > 0 and size > 0):
             break
         change, left = change.plus(towards, size / curvature), left.plus(bent, -size / curvature)
-        yield change
         near = solved(left)
         size, before = left.dot(near), size
         towards = near.plus(towards, size / before)
+    return change
 
 
 def _scales(pair: Pair, weights: Weights, at: Sequence[Linearized]) -> tuple[np.ndarray, np.ndarray]:
@@ -251,7 +251,7 @@ def _scales(pair: Pair, weights: Weights, at: Sequence[Linearized]) -> tuple[np.
     rest = tuple(i for i in range(len(hidden)) if i != axis)
     open_ = np.mean([np.mean(np.square(one.gates), axis=rest, dtype=np.float64) for one in at], axis=0)
     squares = np.square(second).reshape(len(second), second.shape[1], hidden[axis] // len(second), -1).sum(axis=(1, 3)).ravel()
-    if pair.shapes[1].op in CONVOLUTIONS and pair.shapes[1].op != "ConvTranspose":
+    if pair.shapes[1].op == "Conv":
         squares = squares / np.prod(pair.shapes[1].strides)
     answer = squares * open_
     answer = np.maximum(answer, max(1e-6 * float(answer.max(initial=0.0)), 1e-12))
