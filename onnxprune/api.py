@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from onnxprune.allocations import DISTORTION, Choice, Limits, check_allocation, check_budget, check_ratio, choose
+from onnxprune.allocations import BALANCED, DISTORTION, Choice, Limits, check_allocation, check_budget, check_ratio, choose
 from onnxprune.branches import with_branches
 from onnxprune.calibration import read_calibration
 from onnxprune.certificate import Bench, Proof, certify, prepare
@@ -27,8 +27,10 @@ from onnxprune.moves import Moves
 from onnxprune.plans import Plan, match, read_plan
 from onnxprune.reconstruction import Refit
 from onnxprune.rewriter import rewrite
+from onnxprune.rotation import Rotated, rotate
+from onnxprune.saliency import measured
 from onnxprune.scoping import may_go
-from onnxprune.selection import Losses, Scores, check_criterion, in_steps, select
+from onnxprune.selection import PCA, Losses, Scores, check_criterion, in_steps, select
 from onnxprune.study import Study
 from onnxprune.verification import check_model, compare, prove_surgery
 
@@ -68,7 +70,7 @@ class Result:
             "on_budget": self.on_budget,
             "options": dict(self.plan.options),
             "proof": self.proof.to_json() if self.proof else None,
-            "refits": [vars(refit) for refit in self.refits],
+            "refits": [refit.to_json() for refit in self.refits],
             "fidelity": [found.to_json() for found in self.fidelity] if self.fidelity else None,
         }
 
@@ -127,7 +129,7 @@ def prune(
     `all`: branches first where that changes the outputs less, then channels.  criterion and allocation are about widths:
     branches go by how much the outputs change without them, for what they cost (`random`: by chance).
     calibration: samples for what looks at activations (see `read_calibration`, whose `preprocess` and limit of `samples` these are):
-    with them the defaults are criterion `obs`, allocation `distortion` and compensation `reconstruct`, without them `l2`,
+    with them the defaults are criterion `obs`, allocation `balanced` and compensation `reconstruct`, without them `l2`,
     `uniform` and `none`; `auto` for criterion or allocation takes what changes the outputs least.  steps: rounds in which units
     are chosen, each on what the round before left and fitted.
     scope, exclude, layer_ratios: globs over node and tensor names.  min_keep: units (or, below 1, the share) that every
@@ -144,7 +146,7 @@ def prune(
     check_granularity(granularity)
     given = calibration is not None and calibration != "none"
     criterion = criterion or ("obs" if given else "l2")
-    allocation = allocation or (DISTORTION if given else "uniform")
+    allocation = allocation or _allocation_for(criterion, given)
     compensation = compensation or ("reconstruct" if given else "none")
     check_criterion(criterion, given)
     check_allocation(allocation, given)
@@ -160,6 +162,16 @@ def prune(
     found = at_granularity(group(loaded, allow_io), granularity)
     grouping, proof, bench = _certified(found, feeds, seed, verify, progress)
     _some(grouping)
+    study = Study(grouping, data, progress) if data is not None and data.count else None
+    rotated: Rotated | None = None
+    if criterion == PCA and study is not None:
+        rotated = rotate(grouping, study.batches(), bench, progress=progress)
+        if not rotated.scores:
+            reason = next(iter(rotated.skipped.values()), "it has no groups of channels")
+            raise OnnxPruneError(f"{loaded.name}: none of its streams can be turned into principal components ({reason}); try obs", 3)
+        turned = replace(load(rotated.model, feeds, loaded.input_shapes), name=loaded.name)
+        grouping, proof, bench = _certified(at_granularity(group(turned, allow_io), granularity), feeds, seed, verify, progress)
+        study = replace(study, grouping=grouping, known=rotated.scores_in(grouping), finish=rotated.rescaled)
     chosen, shares = may_go(grouping, scope, exclude, layer_ratios or {})
     idle = set(proof.unexercised) if proof else set()
     if chosen and chosen <= idle:
@@ -169,7 +181,6 @@ def prune(
     if not chosen:
         raise OnnxPruneError(f"{loaded.name}: no group is left to prune; widen --scope or --exclude less", 3)
     _say(progress, f"scoring {len(chosen)} groups")
-    study = Study(grouping, data, progress) if data is not None and data.count else None
     limits = Limits(min_keep, align)
 
     def widths(scores: Scores, rule: str, losses: Losses, share: float) -> Choice:
@@ -346,6 +357,13 @@ def _certified(
     return certify(grouping, feeds, seed, progress=progress)
 
 
+def _allocation_for(criterion: str, samples: bool) -> str:
+    """The default: what was measured, balanced with scores where these are shares of what layers make."""
+    if not samples or criterion == PCA:
+        return "uniform"
+    return BALANCED if criterion in (*measured.names(), "auto") else DISTORTION
+
+
 def _choice(
     bench: Bench | None,
     grouping: Grouping,
@@ -399,7 +417,10 @@ def why_not(grouping: Grouping) -> str:
 
 def _compensated(result: Result, study: Study | None, name: str, bench: Bench | None) -> Result:
     """The result with its weights compensated, where that is asked for; checked again, as numbers are new."""
-    if study is None or name == "none":
+    if study is None:
+        return result
+    result = replace(result, model=study.finish(result.model))
+    if name == "none":
         return result
     model, refits = compensations.get(name)(replace(study, grouping=result.plan.grouping), result.plan, result.model)
     if bench is not None:

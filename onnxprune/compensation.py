@@ -15,11 +15,10 @@ import numpy as np
 from onnx import ModelProto
 
 from onnxprune.errors import OnnxPruneError
-from onnxprune.leastsquares import reconstructed
 from onnxprune.moments import Observed
 from onnxprune.oneshot import updated
 from onnxprune.plans import Plan
-from onnxprune.reconstruction import Refit, Solve, reconstruct
+from onnxprune.reconstruction import Refit, reconstruct
 from onnxprune.refinement import refiner
 from onnxprune.registry import Registry
 from onnxprune.ridge import Fit
@@ -51,24 +50,20 @@ def update(study: Study, plan: Plan, pruned: ModelProto) -> Made:
 @compensation("moments")
 def moments(study: Study, plan: Plan, pruned: ModelProto) -> Made:
     """Every channel of every layer gets the mean and deviation that it had: batch-norm recalibration, norms folded or not."""
-    return _sequential(study, plan, pruned, match_moments)
+    return reconstruct(plan, pruned, study.batches, match_moments, matched=None, progress=study.progress)
 
 
 @compensation("reconstruct")
 def reconstruction(study: Study, plan: Plan, pruned: ModelProto) -> Made:
     """Least squares towards the original, layer after layer, on what the pruned model makes (`reconstruction`)."""
-    return _sequential(study, plan, pruned, reconstructed)
+    return reconstruct(plan, pruned, study.batches, progress=study.progress)
 
 
 @compensation("refine")
 def refine(study: Study, plan: Plan, pruned: ModelProto) -> Made:
     """The same, and Gauss-Newton on each layer together with the one before it (`refinement`)."""
     after = refiner(plan, pruned, study.batches, study.progress)
-    return reconstruct(plan, pruned, study.batches, reconstructed, progress=study.progress, after=after)
-
-
-def _sequential(study: Study, plan: Plan, pruned: ModelProto, solve: Solve) -> Made:
-    return reconstruct(plan, pruned, study.batches, solve, progress=study.progress)
+    return reconstruct(plan, pruned, study.batches, progress=study.progress, after=after)
 
 
 def match_moments(observed: Observed, matrix: np.ndarray, bias: np.ndarray, intercept: bool = True) -> Fit:

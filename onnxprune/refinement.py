@@ -20,7 +20,7 @@ from onnxprune.gaussnewton import ITERATIONS, STEPS, Batch, Factor, Pair, Weight
 from onnxprune.linear import CONVOLUTIONS, made_by
 from onnxprune.operators import operator
 from onnxprune.plans import Plan
-from onnxprune.reconstruction import Batches, Refit, kept
+from onnxprune.reconstruction import Batches, Refit
 from onnxprune.rewriter import Widths
 from onnxprune.running import Arrays, as_float32, first_line, session
 from onnxprune.scopes import captured
@@ -230,7 +230,7 @@ def _gather(plan: Plan, proto: ModelProto, couple: Couple, widths: Widths, batch
         if (number // EVERY) % every:
             continue
         now, then = mine.run(feeds), original.run(feeds)
-        wanted = kept(then[second.goal], widths, second.goal)
+        wanted = widths.cut(second.goal, then[second.goal])
         arrays = [now[first.source], wanted, *([now[second.other]] if second.other else [])]
         if not most:
             room = _room(proto, couple, arrays[0].shape, wanted.shape, work)
