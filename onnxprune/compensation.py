@@ -19,6 +19,7 @@ from onnxprune.moments import Observed
 from onnxprune.oneshot import updated
 from onnxprune.plans import Plan
 from onnxprune.reconstruction import Refit, reconstruct
+from onnxprune.refinement import refiner
 from onnxprune.registry import Registry
 from onnxprune.ridge import Fit
 from onnxprune.study import Study
@@ -56,6 +57,13 @@ def moments(study: Study, plan: Plan, pruned: ModelProto) -> Made:
 def reconstruction(study: Study, plan: Plan, pruned: ModelProto) -> Made:
     """Least squares towards the original, layer after layer, on what the pruned model makes (`reconstruction`)."""
     return reconstruct(plan, pruned, study.batches, progress=study.progress)
+
+
+@compensation("refine")
+def refine(study: Study, plan: Plan, pruned: ModelProto) -> Made:
+    """The same, and Gauss-Newton on each layer together with the one before it (`refinement`)."""
+    after = refiner(plan, pruned, study.batches, study.progress)
+    return reconstruct(plan, pruned, study.batches, progress=study.progress, after=after)
 
 
 def match_moments(observed: Observed, matrix: np.ndarray, bias: np.ndarray, intercept: bool = True) -> Fit:

@@ -157,6 +157,13 @@ class Geometry:
             return np.asarray(w.transpose(0, 2, 1, 3).reshape(self.group, w.shape[2], -1))
         return np.asarray((w.reshape(-1, w.shape[-1]) if self.left or self.flipped else w.T)[None])
 
+    def features(self, weight: Sequence[int]) -> int:
+        """How many there are for the shape of a weight."""
+        if self.op in CONVOLUTIONS:
+            inputs = weight[1] if self.op == "Conv" else weight[0] // self.group
+            return inputs * math.prod(weight[2:])
+        return weight[1 if self.left or self.flipped else 0]
+
     def weight(self, matrix: np.ndarray, like: np.ndarray) -> np.ndarray:
         """The inverse of `matrix`, in the shape and type of another weight."""
         if self.op == "ConvTranspose":
@@ -179,7 +186,7 @@ class Geometry:
         size, channels = x.shape[0], x.shape[1]
         picked: list[np.ndarray] = []
         valid = np.ones((len(places), *([1] * len(spatial))), bool)
-        before = self._before(x.shape[2:], spatial, kernel)
+        before = self.before(x.shape[2:], spatial, kernel)
         for axis, (p, k) in enumerate(zip(at, kernel, strict=True)):
             offsets = np.arange(k) * self.dilations[axis]
             if self.op == "Conv":
@@ -243,7 +250,7 @@ class Geometry:
         x = np.swapaxes(x, -1, -2) if self.left else x
         return x.reshape(-1, x.shape[-1])
 
-    def _before(self, size: Sequence[int], spatial: Sequence[int], kernel: Sequence[int]) -> list[int]:
+    def before(self, size: Sequence[int], spatial: Sequence[int], kernel: Sequence[int]) -> list[int]:
         """Padding before each spatial axis."""
         if self.auto not in ("SAME_UPPER", "SAME_LOWER"):
             return [0] * len(spatial) if self.auto == "VALID" else list(self.pads[: len(spatial)])

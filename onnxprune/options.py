@@ -71,7 +71,7 @@ CALIBRATION = options(
         help="Samples without labels: an .npz, a folder of arrays or images, module:function, noise, or none.",
     ),
     click.option("--samples", type=click.IntRange(1), help="Take so many of them, spread over the source."),
-    click.option("--compensation", help="How what stays makes up for what went: reconstruct, moments, update, mean, none."),
+    click.option("--compensation", help="How what stays makes up for what went: refine, reconstruct, moments, update, mean, none."),
     click.option("--steps", default=1, show_default=True, type=click.IntRange(1), help="Rounds of choosing and compensating."),
 )
 PREPROCESS = click.option(

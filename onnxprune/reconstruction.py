@@ -38,19 +38,22 @@ WORK = 3e13  # multiply-accumulates that all passes may take; more layers share 
 class Refit:
     """A layer that was fitted anew: its node, and the share of its targets' variance that it misses before and after.
 
-    Of a layer right before a Relu or Clip it is what the Relu or Clip lets through that counts.
+    Of a layer right before a Relu or Clip it is what the Relu or Clip lets through that counts.  partner: the layer before it,
+    where the two were refined together (`refinement`) after they were fitted.
     """
 
     node: str
     before: float
     after: float
     shrinkage: float
+    partner: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """An infinite shrinkage (the weights stay as they are) is None: JSON has no infinity."""
         return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in vars(self).items()}
 
 
+After = Callable[[ModelProto, Seat], Refit | None]
 Solve = Callable[[Observed, np.ndarray, np.ndarray, bool], Fit]
 Match = Callable[[Plan, ModelProto, Product, Batches, float], Matched | None]
 
@@ -63,13 +66,15 @@ def reconstruct(
     matched: Match | None = match,
     held: float = 0.25,
     progress: Callable[[str], None] | None = None,
+    after: After | None = None,
 ) -> tuple[ModelProto, list[Refit]]:
     """A copy of the pruned model with the weights and biases of its layers fitted to the original, layer after layer.
 
     batches: yields feeds anew at each call; every fourth batch (`held`: the share) chooses the shrinkage.  Tensors keep their names
     and shapes; a Conv, ConvTranspose or Gemm without a bias gets one.  Where a pass for each layer would take long, several layers
     share one, and only layers that lost inputs are fitted.  matched: fits products of two activations that lost terms, such as queries
-    by keys, when the layers before them are done; None: they are left alone.
+    by keys, when the layers before them are done; None: they are left alone.  after: what may change the model further when a layer is
+    fitted; it is left out where layers share passes.
     """
     out = ModelProto()
     out.CopyFrom(pruned)
@@ -78,6 +83,10 @@ def reconstruct(
     stages = _stages(plan, seats(plan, out), sum(sizes))
     waiting = narrowed(plan, out) if matched is not None else []
     report: list[Refit] = []
+    if after and any(len(stage) > 1 for stage in stages):
+        after = None
+        if progress:
+            progress("no layers are refined together: the model or the calibration set is too large")
     for number, stage in enumerate(stages):
         while matched is not None and waiting and waiting[0].node < stage[0].layer.node:
             report += _matched(plan, out, waiting.pop(0), batches, matched, held, progress)
@@ -86,6 +95,9 @@ def reconstruct(
         for seat, observed in zip(stage, _observe(plan, out, widths, stage, batches, len(sizes), held), strict=True):
             fitted = _fit(out, seat, observed, solve)
             report.append(Refit(seat.node.name or seat.node.output[0], fitted.before, fitted.after, fitted.shrinkage))
+            more = after(out, seat) if after else None
+            if more:
+                report.append(more)
     while matched is not None and waiting:
         report += _matched(plan, out, waiting.pop(0), batches, matched, held, progress)
     return out, report

@@ -145,17 +145,19 @@ def show_compensation(console: Console, result: Result) -> None:
     if result.fidelity is None:
         return
     before, after = result.fidelity
-    fitted = f", {len(result.refits)} layers fitted" if result.refits else ""
+    pairs = sum(1 for refit in result.refits if refit.partner)
+    fitted = f", {len(result.refits) - pairs} layers fitted" if result.refits else ""
+    fitted += f", {pairs} of them refined with the layer before" if pairs else ""
     console.print(f"compensation: {result.plan.options.get('compensation')}{fitted}; on {after.samples} calibration samples:")
     table = _table(("output", "left"), *((title, "right") for title in ("cosine", "SQNR", "KL", "same top-1")))
     for old, new in zip(before.outputs, after.outputs, strict=True):
-        pairs = (
+        columns = (
             (old.cosine, new.cosine, "{:.4f}"),
             (old.sqnr, new.sqnr, "{:.1f} dB"),
             (old.kl, new.kl, "{:.3g}"),
             (old.agreement, new.agreement, "{:.1%}"),
         )
-        row = ["–" if a is None or b is None else f"{form.format(a)} → [bold]{form.format(b)}[/]" for a, b, form in pairs]
+        row = ["–" if a is None or b is None else f"{form.format(a)} → [bold]{form.format(b)}[/]" for a, b, form in columns]
         table.add_row(escape(new.output), *row)
     if table.row_count:
         console.print(table)

@@ -16,7 +16,7 @@ from onnxprune.linear import CONVOLUTIONS, RECURRENT, made_by
 from onnxprune.plans import Plan
 from onnxprune.relations import Axis
 from onnxprune.rewriter import Widths
-from onnxprune.seats import seats, tensors_of, write
+from onnxprune.seats import all_seats, tensors_of, write
 
 
 def put_back(plan: Plan, compensated: ModelProto) -> Grouping:
@@ -74,7 +74,7 @@ def _given(plan: Plan, compensated: ModelProto) -> list[_Fresh]:
     """The biases of a compensated model that the original has not."""
     model, made, now = plan.grouping.model, made_by(compensated.graph.node), tensors_of(compensated)
     found = []
-    for seat in seats(plan, compensated):
+    for seat in all_seats(plan, compensated):
         layer = seat.layer
         if layer.op in RECURRENT:
             continue  # never given one

@@ -22,7 +22,8 @@ class Seat:
     """A layer in the pruned model: the node there, and what it reads.
 
     other: the other operand of the residual Add that its output goes into, "" where there is none; narrowed: it has lost inputs;
-    bounds: what a Relu or Clip right behind lets through.
+    changed: it reads something, or is added to something, that is not what it was; bounds: what a Relu or Clip right behind lets
+    through.
     """
 
     layer: Linear
@@ -33,6 +34,7 @@ class Seat:
     bias: str
     other: str = ""
     narrowed: bool = False
+    changed: bool = False
     bounds: tuple[float, float] | None = None
 
     @property
@@ -43,6 +45,11 @@ class Seat:
 
 def seats(plan: Plan, pruned: ModelProto) -> list[Seat]:
     """The layers that see less than they did, or read something that has changed, in the order of the graph."""
+    return [seat for seat in all_seats(plan, pruned) if seat.changed]
+
+
+def all_seats(plan: Plan, pruned: ModelProto) -> list[Seat]:
+    """The linear layers that are still there, in the order of the graph."""
     model = plan.grouping.model
     made = made_by(pruned.graph.node)
     tensors = tensors_of(pruned)
@@ -71,14 +78,13 @@ def seats(plan: Plan, pruned: ModelProto) -> list[Seat]:
             add = made.get(layer.added[0])
             if add is not None and add.op_type == "Add" and layer.output in add.input:
                 other = add.input[1 - list(add.input).index(layer.output)]
-        if source in changed or other in changed:
-            wide = shape.matrix(numpy_helper.to_array(tensors[layer.weight])).shape[2]
-            if wide > WIDEST:
-                continue
-            whole = geometry(model.main[layer.node], layer.weight, len(tensors[layer.weight].dims))
-            narrowed = wide < whole.matrix(model.array(layer.weight)).shape[2]
-            seat = Seat(layer, node, shape, source, layer.weight, layer.bias, other, narrowed)
-            found.append(replace(seat, bounds=_bounds(model, seat.goal)))
+        wide = shape.features(tensors[layer.weight].dims)
+        if wide > WIDEST:
+            continue
+        whole = geometry(model.main[layer.node], layer.weight, len(tensors[layer.weight].dims))
+        narrowed = wide < whole.features(model.tensors[layer.weight].dims)
+        seat = Seat(layer, node, shape, source, layer.weight, layer.bias, other, narrowed, source in changed or other in changed)
+        found.append(replace(seat, bounds=_bounds(model, seat.goal)))
     return found
 
 
@@ -131,33 +137,47 @@ def original_goal(widths: Widths, seat: Seat, array: np.ndarray) -> np.ndarray:
 
 def bias_of(proto: ModelProto, seat: Seat, wide: int) -> np.ndarray:
     """A layer's bias, float64 (wide,): of a recurrent layer the half that goes with its inputs; zeros where there is none."""
-    if not seat.bias:
+    name = bias_name(proto, seat)
+    if not name:
         return np.zeros(wide)
-    given = numpy_helper.to_array(tensors_of(proto)[seat.bias])
+    given = numpy_helper.to_array(tensors_of(proto)[name])
     return np.asarray(given[:, : given.shape[1] // 2] if seat.layer.op in RECURRENT else given, np.float64).reshape(wide)
+
+
+def bias_name(proto: ModelProto, seat: Seat) -> str:
+    """The tensor that holds a layer's bias now, "" where it has none: one may have been given since the seats were found."""
+    node = _adds_bias(proto, seat)
+    if seat.layer.add >= 0:
+        return str(next(name for name in node.input if name != seat.node.output[0]))
+    position = 3 if seat.layer.op in RECURRENT else 2
+    return str(node.input[position]) if seat.layer.op != "MatMul" and len(node.input) > position else ""
+
+
+def _adds_bias(proto: ModelProto, seat: Seat) -> NodeProto:
+    """The node that takes a layer's bias."""
+    made = made_by(proto.graph.node)
+    return made[seat.layer.output if seat.layer.add >= 0 else next(out for out in seat.node.output if out)]
 
 
 def give_bias(proto: ModelProto, seat: Seat, bias: np.ndarray) -> None:
     """Write a layer's bias (out,): into its tensor if no other node reads it, else into one of its own."""
-    tensors = tensors_of(proto)
-    if seat.bias:
-        given = numpy_helper.to_array(tensors[seat.bias])
+    tensors, node, now = tensors_of(proto), _adds_bias(proto, seat), bias_name(proto, seat)
+    if now:
+        given = numpy_helper.to_array(tensors[now])
         if seat.layer.op in RECURRENT:
             bias = np.concatenate([bias.reshape(len(given), -1), given[:, given.shape[1] // 2 :]], axis=1)
         bias = bias.reshape(given.shape).astype(given.dtype)
+        readers = sum(list(other.input).count(now) + (now in captured(other)) for other in proto.graph.node)
+        if readers == 1 and all(value.name != now for value in proto.graph.output):
+            write(tensors[now], bias)
+            return
     else:
         bias = bias.astype(numpy_helper.to_array(tensors[seat.weight]).dtype)
-    made = made_by(proto.graph.node)
-    node = made[seat.layer.output if seat.layer.add >= 0 else next(out for out in seat.node.output if out)]
-    readers = sum(list(other.input).count(seat.bias) + (seat.bias in captured(other)) for other in proto.graph.node) if seat.bias else 0
-    if readers == 1 and all(value.name != seat.bias for value in proto.graph.output):
-        write(tensors[seat.bias], bias)
-        return
-    taken = {t.name for t in proto.graph.initializer} | set(made) | {v.name for v in proto.graph.input}
+    taken = {*tensors, *made_by(proto.graph.node), *(v.name for v in proto.graph.input)}
     name = next(n for i in range(len(taken) + 1) if (n := f"{seat.weight}_bias{i or ''}") not in taken)
     proto.graph.initializer.append(numpy_helper.from_array(bias, name))
-    if seat.bias:
-        node.input[list(node.input).index(seat.bias)] = name
+    if now:
+        node.input[list(node.input).index(now)] = name
     else:
         del node.input[2:]
         node.input.append(name)
