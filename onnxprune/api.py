@@ -37,6 +37,9 @@ Arrays = Mapping[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
 Progress = Callable[[str], None]
 Calibration = str | os.PathLike[str] | Arrays | Callable[[], Any]
+WITH_SAMPLES = ("obs", DISTORTION, "reconstruct")  # criterion, allocation, compensation
+DATA_FREE = ("obs", "global", "merge")  # --calibration none
+WEIGHTS = ("l2", "uniform", "none")  # where nothing is said of samples
 FEW = 256  # samples on which the result is compared with the original
 ROUNDS = 4  # of planning without the groups whose removal fails the proof
 
@@ -127,8 +130,8 @@ def prune(
     `all`: branches first where that changes the outputs less, then channels.  criterion and allocation are about widths:
     branches go by how much the outputs change without them, for what they cost (`random`: by chance).
     calibration: samples for what looks at activations (see `read_calibration`, whose `preprocess` and limit of `samples` these are):
-    with them the defaults are criterion `obs`, allocation `distortion` and compensation `reconstruct`, without them `l2`,
-    `uniform` and `none`; `auto` for criterion or allocation takes what changes the outputs least.  steps: rounds in which units
+    with them the defaults are criterion `obs`, allocation `distortion` and compensation `reconstruct`; with "none", data-free, `obs`,
+    `global` and `merge` by what the weights let expect; where it is not given `l2`, `uniform` and `none`.  `auto` for criterion or allocation takes what changes the outputs least.  steps: rounds in which units
     are chosen, each on what the round before left and fitted.
     scope, exclude, layer_ratios: globs over node and tensor names.  min_keep: units (or, below 1, the share) that every
     group keeps, residual branches apart.  Groups that the inputs do
@@ -143,10 +146,9 @@ def prune(
     check_budget(of)
     check_granularity(granularity)
     given = calibration is not None and calibration != "none"
-    criterion = criterion or ("obs" if given else "l2")
-    allocation = allocation or (DISTORTION if given else "uniform")
-    compensation = compensation or ("reconstruct" if given else "none")
-    check_criterion(criterion, given)
+    defaults = WITH_SAMPLES if given else DATA_FREE if calibration == "none" else WEIGHTS
+    criterion, allocation, compensation = criterion or defaults[0], allocation or defaults[1], compensation or defaults[2]
+    check_criterion(criterion, given, calibration == "none")
     check_allocation(allocation, given)
     check_compensation(compensation, given)
     if min_keep < 0:
@@ -156,7 +158,8 @@ def prune(
     if align < 1:
         raise OnnxPruneError(f"align is {align}; it is a number of units, 1 at least")
     loaded = _load(model, feeds, input_shapes, progress)
-    data = read_calibration(calibration, loaded, preprocess=preprocess, limit=samples, seed=seed) if calibration is not None else None
+    source = "none" if calibration is None else calibration
+    data = read_calibration(source, loaded, preprocess=preprocess, limit=samples, seed=seed)
     found = at_granularity(group(loaded, allow_io), granularity)
     grouping, proof, bench = _certified(found, feeds, seed, verify, progress)
     _some(grouping)
@@ -169,7 +172,7 @@ def prune(
     if not chosen:
         raise OnnxPruneError(f"{loaded.name}: no group is left to prune; widen --scope or --exclude less", 3)
     _say(progress, f"scoring {len(chosen)} groups")
-    study = Study(grouping, data, progress) if data is not None and data.count else None
+    study = Study(grouping, data, progress)
     limits = Limits(min_keep, align)
 
     def widths(scores: Scores, rule: str, losses: Losses, share: float) -> Choice:
@@ -193,7 +196,7 @@ def prune(
         "granularity": granularity,
         "criterion": selection.criterion,
         "allocation": selection.allocation,
-        "calibration": data.source if data is not None else None,
+        "calibration": data.source if calibration is not None else None,
         "compensation": compensation,
         "steps": steps,
         "scope": list(scope),
@@ -397,13 +400,15 @@ def why_not(grouping: Grouping) -> str:
     return "; ".join(reasons) or "it has no weights"
 
 
-def _compensated(result: Result, study: Study | None, name: str, bench: Bench | None) -> Result:
+def _compensated(result: Result, study: Study, name: str, bench: Bench | None) -> Result:
     """The result with its weights compensated, where that is asked for; checked again, as numbers are new."""
-    if study is None or name == "none":
+    if name == "none":
         return result
     model, refits = compensations.get(name)(replace(study, grouping=result.plan.grouping), result.plan, result.model)
     if bench is not None:
         check_model(bench, model, Moves(result.plan.grouping, after=result.plan.remove))
+    if not study.samples.count:
+        return replace(result, model=model)
     _say(study.progress, "comparing with the original")
     original = result.plan.grouping.model.proto
     found = fidelity(original, [result.model, model], study.part(FEW))

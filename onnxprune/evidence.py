@@ -84,7 +84,7 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
         wide = shape.matrix(weight).shape
         if readers and wide[2] <= WIDEST:
             layers.append((layer, shape, weight, readers, Moments.zero(wide[0], wide[2], 0)))
-    goals = [_passed_on(model, layer) for layer, *_ in layers]
+    goals = [passed_on(model, layer) for layer, *_ in layers]
     tap = Tap(model.proto, [*goals, *(layer.source for layer, *_ in layers)])
     squares, seen = [0.0] * len(layers), [0] * len(layers)
     samples = 0
@@ -121,7 +121,7 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
 ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "PRelu", "HardSwish", "Gelu", "Elu", "Selu", "Mish", "Softplus", "Sigmoid", "Tanh")
 
 
-def _passed_on(model: Model, layer: Linear) -> str:
+def passed_on(model: Model, layer: Linear) -> str:
     """The value that carries a layer's output on: behind its residual Add and an activation."""
     value = layer.added[0] if layer.added else layer.output
     readers = [node for node in model.nodes if value in node.input]

@@ -45,7 +45,7 @@ def _update(proto: ModelProto, widths: Widths, seat: Seat, weight: np.ndarray, r
     if sliced.shape[2] != kept.sum() or groups != reading.matrix.shape[0]:
         return  # the layer has lost something else besides
     given = numpy_helper.to_array(tensors_of(proto)[seat.bias]) if seat.bias else None
-    whole = _rows(widths, seat, reading.matrix, sliced)
+    whole = rows_that_stay(widths, seat, reading.matrix, sliced)
     if whole is None:
         return
     matrix = sliced
@@ -64,7 +64,7 @@ def _update(proto: ModelProto, widths: Widths, seat: Seat, weight: np.ndarray, r
     give_bias(proto, seat, (old + shift.ravel()).reshape(shape).astype(kind))
 
 
-def _rows(widths: Widths, seat: Seat, matrix: np.ndarray, sliced: np.ndarray) -> np.ndarray | None:
+def rows_that_stay(widths: Widths, seat: Seat, matrix: np.ndarray, sliced: np.ndarray) -> np.ndarray | None:
     """The original weights of the outputs that stay, (groups, out that stay, all features); None where they are not clear."""
     name = seat.layer.output
     rank = len(widths.grouping.model.shapes[name])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from onnxprune.evidence import Evidence, gather
+from onnxprune.expectation import expected
 from onnxprune.grouping import Grouping
 from onnxprune.running import Arrays
 from onnxprune.samples import Samples
@@ -17,7 +18,10 @@ LARGE = 2**17  # elements of a sample's inputs, from which on batches are small
 
 @dataclass
 class Study:
-    """samples: calibration data; few: a part of it, for what is measured many times; evidence: gathered when first asked for."""
+    """samples: calibration data, or none (count 0); few: a part of it, for what is measured many times.
+
+    evidence: gathered when first asked for; without samples it is what the weights alone let expect.
+    """
 
     grouping: Grouping
     samples: Samples
@@ -44,4 +48,6 @@ class Study:
 
     @cached_property
     def evidence(self) -> Evidence:
+        if not self.samples.count:
+            return expected(self.grouping)
         return gather(self.grouping, self.batches, progress=self.progress)
