@@ -130,9 +130,10 @@ def prune(
     `all`: branches first where that changes the outputs less, then channels.  criterion and allocation are about widths:
     branches go by how much the outputs change without them, for what they cost (`random`: by chance).
     calibration: samples for what looks at activations (see `read_calibration`, whose `preprocess` and limit of `samples` these are):
-    with them the defaults are criterion `obs`, allocation `distortion` and compensation `reconstruct`; with "none", data-free, `obs`,
-    `global` and `merge` by what the weights let expect; where it is not given `l2`, `uniform` and `none`.  `auto` for criterion or allocation takes what changes the outputs least.  steps: rounds in which units
-    are chosen, each on what the round before left and fitted.
+    with them the defaults are criterion `obs`, allocation `distortion` and compensation `reconstruct`; with "none", data-free,
+    `obs`, `global` and `merge` by what the weights alone let expect; where it is not given `l2`, `uniform` and `none`.  `auto` for
+    criterion or allocation takes what changes the outputs least.  steps: rounds in which units are chosen, each on what the round
+    before left and fitted.
     scope, exclude, layer_ratios: globs over node and tensor names.  min_keep: units (or, below 1, the share) that every
     group keeps, residual branches apart.  Groups that the inputs do
     not exercise stay whole.  align: kept units are a multiple of it.  Deterministic for a seed.

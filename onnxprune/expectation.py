@@ -2,9 +2,11 @@
 
 A value is taken as a Gaussian field: a mean and a covariance of its channels, and a correlation NEAR between neighbouring places.
 Inputs, and what an operator without a rule makes, are standard normal; linear layers pass the moments on exactly, and activations by
-their Hermite series, Cov f(a)f(b) = Σₙ cₙ(a)cₙ(b) ρⁿ/n!; what is added is taken as independent; behind a batch norm mean and variance
-are those that it was trained to.  UDFC (arXiv:2308.07209) and LBYL (arXiv:2502.08474) merge channels by the products of their filters:
-the case of white inputs and no activation.
+their Hermite series, Cov f(a)f(b) = Σₙ cₙ(a)cₙ(b) ρⁿ/n!; what is added or multiplied is taken as independent; behind a norm mean and
+variance are those that it was trained to.  Where no norm says how large values are, readers get no mean to put into a bias.
+
+UDFC (arXiv:2308.07209) and LBYL (arXiv:2502.08474) merge channels by the products of their filters: the case of white inputs and
+no activation.
 """
 
 from __future__ import annotations
@@ -32,11 +34,12 @@ _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 @dataclass(frozen=True)
 class Field:
-    """axis: of the channels; mean (channels,), covariance (channels, channels)."""
+    """axis: of the channels; mean (channels,), covariance (channels, channels); sure: both go back to a norm, not to what inputs may be."""
 
     axis: int
     mean: np.ndarray
     covariance: np.ndarray
+    sure: bool = False
 
 
 Function = Callable[[np.ndarray, Mapping[str, Any]], np.ndarray]
@@ -46,6 +49,7 @@ ACTIVATIONS: dict[str, Function] = {
     "LeakyRelu": lambda x, given: np.where(x < 0, given.get("alpha", 0.01) * x, x),
     "Elu": lambda x, given: np.where(x < 0, given.get("alpha", 1.0) * np.expm1(np.minimum(x, 0)), x),
     "Gelu": lambda x, _: x * (1 + _erf(x / math.sqrt(2))) / 2,
+    "HardSigmoid": lambda x, given: np.clip(given.get("alpha", 0.2) * x + given.get("beta", 0.5), 0, 1),
     "HardSwish": lambda x, _: x * np.clip(x / 6 + 0.5, 0, 1),
     "Sigmoid": lambda x, _: 1 / (1 + np.exp(-x)),
     "Tanh": lambda x, _: np.tanh(x),
@@ -58,6 +62,7 @@ def expected(grouping: Grouping) -> Evidence:
     model = grouping.model
     fields = expect(model)
     readings: dict[int, list[Reading]] = {}
+    layers: dict[str, Reading] = {}
     for layer in linears(model):
         weight = model.array(layer.weight)
         shape = geometry(model.main[layer.node], layer.weight, weight.ndim)
@@ -67,18 +72,21 @@ def expected(grouping: Grouping) -> Evidence:
             continue
         places = {g.id: f for g in grouping.groups if g.branch is None and (f := features(layer, shape, weight, g)) is not None}
         near = _near(weight.shape[2:] if layer.op in CONVOLUTIONS else ())
-        if not places or len(field.mean) * len(near) != matrix.shape[2]:
+        if len(field.mean) * len(near) != matrix.shape[2]:
             continue
         covariance = np.kron(field.covariance, near)
         mean = np.repeat(field.mean, len(near))
         rms = np.sqrt(np.diag(covariance) + mean**2)
+        if not field.sure:  # a mean that is only supposed goes into no bias
+            covariance, mean = covariance + np.outer(mean, mean), np.zeros_like(mean)
         goal = fields.get(passed_on(model, layer))
         power = float(np.trace(goal.covariance) + goal.mean @ goal.mean) if goal else 1.0
+        size = np.repeat(activated(field, np.abs).mean, len(near))
+        none = np.zeros((0, 0), np.int64)
+        layers[layer.weight] = Reading(layer, none, matrix, mean[None], rms[None], covariance[None], max(power, 1e-30), size[None])
         for owner, where in places.items():
-            readings.setdefault(owner, []).append(
-                Reading(layer, where, matrix, mean[None], rms[None], covariance[None], max(power, 1e-30))
-            )
-    return Evidence(model, {g: tuple(r) for g, r in readings.items()}, 0)
+            readings.setdefault(owner, []).append(replace(layers[layer.weight], features=where))
+    return Evidence(grouping, {g: tuple(r) for g, r in readings.items()}, 0, layers)
 
 
 def expect(model: Model) -> dict[str, Field]:
@@ -123,7 +131,11 @@ def start(shape: tuple[int, ...]) -> Field:
 
 def _near(kernel: tuple[int, ...]) -> np.ndarray:
     """Correlations between the places under a kernel, (places, places)."""
-    at = np.stack(np.meshgrid(*[np.arange(n) for n in kernel], indexing="ij"), -1).reshape(-1, max(1, len(kernel))) if kernel else np.zeros((1, 1))
+    at = (
+        np.stack(np.meshgrid(*[np.arange(n) for n in kernel], indexing="ij"), -1).reshape(-1, max(1, len(kernel)))
+        if kernel
+        else np.zeros((1, 1))
+    )
     return np.asarray(NEAR ** np.sqrt(((at[:, None] - at[None]) ** 2).sum(-1)))
 
 
@@ -151,7 +163,7 @@ def _linear(model: Model, layer: Linear, fields: Mapping[str, Field]) -> Field |
             out[g * wide : (g + 1) * wide, h * wide : (h + 1) * wide] = block
     mean = np.einsum("goct,gc->go", taps, field.mean.reshape(groups, -1)).ravel()
     bias = model.array(layer.bias).ravel() if layer.bias and layer.add < 0 else 0.0
-    return Field(axis, mean + bias, (out + out.T) / 2)
+    return Field(axis, mean + bias, (out + out.T) / 2, field.sure)
 
 
 def _through(model: Model, constants: _Constants, node: NodeProto, fields: Mapping[str, Field]) -> Field | None:
@@ -183,22 +195,26 @@ def _through(model: Model, constants: _Constants, node: NodeProto, fields: Mappi
         for part in parts:
             whole[at : at + len(part.mean), at : at + len(part.mean)] = part.covariance
             at += len(part.mean)
-        return Field(first.axis, np.concatenate([p.mean for p in parts]), whole)
+        return Field(first.axis, np.concatenate([p.mean for p in parts]), whole, all(p.sure for p in parts))
     if op == "Pad":
         before = (model.shapes[node.output[0]][first.axis] - len(first.mean)) // 2
         sides = (before, model.shapes[node.output[0]][first.axis] - len(first.mean) - before)
-        return Field(first.axis, np.pad(first.mean, sides), np.pad(first.covariance, (sides, sides)))
+        return replace(first, mean=np.pad(first.mean, sides), covariance=np.pad(first.covariance, (sides, sides)))
     return None
 
 
 def _pair(model: Model, constants: _Constants, node: NodeProto, sources: list[Field | None]) -> Field | None:
-    """Sums of independent fields, and a constant number for each channel added or multiplied."""
+    """Sums and products of independent fields, and a constant number for each channel added or multiplied."""
     one, other = sources
     if one is not None and other is not None:
-        if node.op_type not in ("Add", "Sub") or one.axis != other.axis or len(one.mean) != len(other.mean):
+        if node.op_type == "Div" or one.axis != other.axis or len(one.mean) != len(other.mean):
             return None
+        if node.op_type == "Mul":
+            square, own = np.outer(one.mean, one.mean), np.outer(other.mean, other.mean)
+            covariance = one.covariance * other.covariance + one.covariance * own + other.covariance * square
+            return Field(one.axis, one.mean * other.mean, covariance, one.sure and other.sure)
         sign = 1 if node.op_type == "Add" else -1
-        return Field(one.axis, one.mean + sign * other.mean, one.covariance + other.covariance)
+        return Field(one.axis, one.mean + sign * other.mean, one.covariance + other.covariance, one.sure and other.sure)
     field, name = (one, node.input[1]) if one is not None else (other, node.input[0])
     if field is None or name not in constants or (one is None and node.op_type in ("Sub", "Div")):
         return None
@@ -211,7 +227,7 @@ def _pair(model: Model, constants: _Constants, node: NodeProto, sources: list[Fi
     if node.op_type in ("Add", "Sub"):
         return replace(field, mean=field.mean + (number if node.op_type == "Add" else -number))
     scale = number if node.op_type == "Mul" else 1 / number
-    return Field(field.axis, field.mean * scale, field.covariance * scale[:, None] * scale)
+    return replace(field, mean=field.mean * scale, covariance=field.covariance * scale[:, None] * scale)
 
 
 def _normalized(constants: _Constants, node: NodeProto, field: Field) -> Field | None:
@@ -223,7 +239,7 @@ def _normalized(constants: _Constants, node: NodeProto, field: Field) -> Field |
         return None
     deviation = np.sqrt(np.maximum(np.diag(field.covariance), 1e-12))
     factor = scale / deviation
-    return Field(field.axis, shift, field.covariance * factor[:, None] * factor)
+    return Field(field.axis, shift, field.covariance * factor[:, None] * factor, True)
 
 
 def activated(field: Field, function: Callable[[np.ndarray], np.ndarray]) -> Field:
@@ -241,4 +257,4 @@ def activated(field: Field, function: Callable[[np.ndarray], np.ndarray]) -> Fie
         total += np.outer(coefficients, coefficients) * power / math.factorial(n)
     variance = np.maximum((values**2) @ shares - mean**2, 0)
     np.fill_diagonal(total, np.maximum(variance, np.diag(total)))
-    return Field(field.axis, mean, total)
+    return replace(field, mean=mean, covariance=total)

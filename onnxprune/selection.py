@@ -72,9 +72,7 @@ class Selection:
 Choose = Callable[[Scores, str, Losses, float], Choice]
 
 
-def select(
-    grouping: Grouping, ids: Collection[int], criterion: str, allocation: str, seed: int, study: Study, choose: Choose
-) -> Selection:
+def select(grouping: Grouping, ids: Collection[int], criterion: str, allocation: str, seed: int, study: Study, choose: Choose) -> Selection:
     """Scores and losses of the groups; where one of the two names is `auto`, those of the pair that serves the model best.
 
     choose: from scores, allocation, losses and the share of the budget that is to go already, which units go.
@@ -114,9 +112,7 @@ def _change(study: Study, grouping: Grouping, choice: Choice) -> float:
         return float("inf")
 
 
-def in_steps(
-    selection: Selection, grouping: Grouping, seed: int, study: Study, compensate: str, choose: Choose, steps: int
-) -> Selection:
+def in_steps(selection: Selection, grouping: Grouping, seed: int, study: Study, compensate: str, choose: Choose, steps: int) -> Selection:
     """The selection made again `steps` times, each on what is left when a larger part of the budget has gone and was compensated."""
     for step in range(1, steps):
         choice = choose(selection.scores, selection.allocation, selection.losses, step / steps)

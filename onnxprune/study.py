@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from onnxprune.evidence import Evidence, gather
@@ -50,4 +50,4 @@ class Study:
     def evidence(self) -> Evidence:
         if not self.samples.count:
             return expected(self.grouping)
-        return gather(self.grouping, self.batches, progress=self.progress)
+        return replace(gather(self.grouping, self.batches, progress=self.progress), trial=self.few)
