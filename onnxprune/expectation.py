@@ -27,6 +27,7 @@ from onnxprune.linear import CONVOLUTIONS, Linear, geometry, linears
 
 NEAR = 0.65  # correlation of neighbouring places of a feature map
 COLOURS = 0.9  # correlation of the channels of an image
+MANY = 32  # groups of a convolution
 TERMS = 8  # of the Hermite series
 NODES, SHARES = np.polynomial.hermite_e.hermegauss(64)
 _erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -154,16 +155,31 @@ def _linear(model: Model, layer: Linear, fields: Mapping[str, Field]) -> Field |
     taps = matrix.reshape(groups, wide, -1, len(near))
     if taps.shape[2] * groups != len(field.mean):
         return None
-    spread = np.einsum("goct,ts->gocs", taps, near)
-    out = np.zeros((groups * wide, groups * wide))
-    parts = field.covariance.reshape(groups, taps.shape[2], groups, taps.shape[2])
-    for g in range(groups):
-        for h in range(groups) if groups * wide <= 512 else (g,):
-            block = sum(spread[g, :, :, t] @ parts[g, :, h] @ taps[h, :, :, t].T for t in range(len(near)))
-            out[g * wide : (g + 1) * wide, h * wide : (h + 1) * wide] = block
+    covariance = _depthwise(taps, near, field) if groups > 1 and taps.shape[2] == 1 else _grouped(taps, near, field)
     mean = np.einsum("goct,gc->go", taps, field.mean.reshape(groups, -1)).ravel()
     bias = model.array(layer.bias).ravel() if layer.bias and layer.add < 0 else 0.0
-    return Field(axis, mean + bias, (out + out.T) / 2, field.sure)
+    return Field(axis, mean + bias, (covariance + covariance.T) / 2, field.sure)
+
+
+def _grouped(taps: np.ndarray, near: np.ndarray, field: Field) -> np.ndarray:
+    """Σ over taps s, t of near(s, t)·W(s) C W(t)ᵀ, block by block; taps (groups, out, in, taps)."""
+    groups, wide, inner, _ = taps.shape
+    spread = np.einsum("goct,ts->gocs", taps, near)
+    parts = field.covariance.reshape(groups, inner, groups, inner)
+    out = np.zeros((groups * wide, groups * wide))
+    for g in range(groups):
+        for h in range(groups) if groups <= MANY else (g,):  # of more groups only what is inside of one
+            block = sum(spread[g, :, :, t] @ parts[g, :, h] @ taps[h, :, :, t].T for t in range(len(near)))
+            out[g * wide : (g + 1) * wide, h * wide : (h + 1) * wide] = block
+    return out
+
+
+def _depthwise(taps: np.ndarray, near: np.ndarray, field: Field) -> np.ndarray:
+    """The same where each channel is filtered alone."""
+    groups, wide, _, _ = taps.shape
+    filters = taps.reshape(groups * wide, -1)
+    channels = np.repeat(np.arange(groups), wide)
+    return np.asarray((filters @ near @ filters.T) * field.covariance[np.ix_(channels, channels)])
 
 
 def _through(model: Model, constants: _Constants, node: NodeProto, fields: Mapping[str, Field]) -> Field | None:

@@ -36,7 +36,8 @@ def check_criterion(name: str, samples: bool, free: bool = False) -> None:
     """
     if name == AUTO or name in measured.names():
         if not samples and not (free and name not in SAMPLED):
-            raise OnnxPruneError(f"--criterion {name} looks at activations; give --calibration (samples, or 'noise')")
+            free_too = "" if name in SAMPLED else ", or 'none' for data-free"
+            raise OnnxPruneError(f"--criterion {name} looks at activations; give --calibration (samples, or 'noise'{free_too})")
     elif name not in criteria.names():
         known = sorted({*criteria.names(), *measured.names(), AUTO})
         raise OnnxPruneError(f"no criterion is named '{name}'; there are: {', '.join(known)}")
