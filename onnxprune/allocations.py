@@ -65,11 +65,13 @@ def pq(scores: Scores, strength: float) -> dict[int, float]:
 
 
 DISTORTION = "distortion"  # measured on samples (`sensitivity`), and split by dynamic programming
+BALANCED = "balanced"  # the geometric mean of that and of the scores' own sums, as later layers make up for some of what is measured
+MEASURED = (DISTORTION, BALANCED)
 
 
 def names() -> list[str]:
     """All allocations that can be asked for."""
-    return sorted({*allocation.names(), DISTORTION})
+    return sorted({*allocation.names(), *MEASURED})
 
 
 @dataclass(frozen=True)
@@ -270,7 +272,7 @@ def check_allocation(name: str, samples: bool) -> None:
     """Raises OnnxPruneError where there is no such allocation, or where it is measured on samples and there are none."""
     if name not in (*names(), "auto"):
         raise OnnxPruneError(f"no allocation is named '{name}'; there are: {', '.join([*names(), 'auto'])}")
-    if name in (DISTORTION, "auto") and not samples:
+    if name in (*MEASURED, "auto") and not samples:
         raise OnnxPruneError(f"--allocation {name} measures on samples; give --calibration (samples, or 'noise')")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from onnxprune.allocations import DISTORTION, Choice, Limits, check_allocation, check_budget, check_ratio, choose
+from onnxprune.allocations import BALANCED, DISTORTION, Choice, Limits, check_allocation, check_budget, check_ratio, choose
 from onnxprune.branches import with_branches
 from onnxprune.calibration import read_calibration
 from onnxprune.certificate import Bench, Proof, certify, prepare
@@ -27,8 +27,10 @@ from onnxprune.moves import Moves
 from onnxprune.plans import Plan, match, read_plan
 from onnxprune.reconstruction import Refit
 from onnxprune.rewriter import rewrite
+from onnxprune.rotation import Rotated, rotate
+from onnxprune.saliency import measured
 from onnxprune.scoping import may_go
-from onnxprune.selection import Losses, Scores, check_criterion, in_steps, select
+from onnxprune.selection import PCA, Losses, Scores, check_criterion, in_steps, select
 from onnxprune.study import Study
 from onnxprune.verification import check_model, compare, prove_surgery
 
@@ -37,9 +39,6 @@ Arrays = Mapping[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
 Progress = Callable[[str], None]
 Calibration = str | os.PathLike[str] | Arrays | Callable[[], Any]
-WITH_SAMPLES = ("obs", DISTORTION, "reconstruct")  # criterion, allocation, compensation
-DATA_FREE = ("obs", "global", "merge")  # --calibration none
-WEIGHTS = ("l2", "uniform", "none")  # where nothing is said of samples
 FEW = 256  # samples on which the result is compared with the original
 ROUNDS = 4  # of planning without the groups whose removal fails the proof
 
@@ -71,7 +70,7 @@ class Result:
             "on_budget": self.on_budget,
             "options": dict(self.plan.options),
             "proof": self.proof.to_json() if self.proof else None,
-            "refits": [vars(refit) for refit in self.refits],
+            "refits": [refit.to_json() for refit in self.refits],
             "fidelity": [found.to_json() for found in self.fidelity] if self.fidelity else None,
         }
 
@@ -130,7 +129,7 @@ def prune(
     `all`: branches first where that changes the outputs less, then channels.  criterion and allocation are about widths:
     branches go by how much the outputs change without them, for what they cost (`random`: by chance).
     calibration: samples for what looks at activations (see `read_calibration`, whose `preprocess` and limit of `samples` these are):
-    with them the defaults are criterion `obs`, allocation `distortion` and compensation `reconstruct`; with "none", data-free,
+    with them the defaults are criterion `obs`, allocation `balanced` and compensation `reconstruct`; with "none", data-free,
     `obs`, `global` and `merge` by what the weights alone let expect; where it is not given `l2`, `uniform` and `none`.  `auto` for
     criterion or allocation takes what changes the outputs least.  steps: rounds in which units are chosen, each on what the round
     before left and fitted.
@@ -147,9 +146,11 @@ def prune(
     check_budget(of)
     check_granularity(granularity)
     given = calibration is not None and calibration != "none"
-    defaults = WITH_SAMPLES if given else DATA_FREE if calibration == "none" else WEIGHTS
-    criterion, allocation, compensation = criterion or defaults[0], allocation or defaults[1], compensation or defaults[2]
-    check_criterion(criterion, given, calibration == "none")
+    free = calibration == "none"
+    criterion = criterion or ("obs" if given or free else "l2")
+    allocation = allocation or ("global" if free else _allocation_for(criterion, given))
+    compensation = compensation or ("reconstruct" if given else "merge" if free else "none")
+    check_criterion(criterion, given, free)
     check_allocation(allocation, given)
     check_compensation(compensation, given)
     if min_keep < 0:
@@ -164,6 +165,16 @@ def prune(
     found = at_granularity(group(loaded, allow_io), granularity)
     grouping, proof, bench = _certified(found, feeds, seed, verify, progress)
     _some(grouping)
+    study = Study(grouping, data, progress)
+    rotated: Rotated | None = None
+    if criterion == PCA:
+        rotated = rotate(grouping, study.batches(), bench, progress=progress)
+        if not rotated.scores:
+            reason = next(iter(rotated.skipped.values()), "it has no groups of channels")
+            raise OnnxPruneError(f"{loaded.name}: none of its streams can be turned into principal components ({reason}); try obs", 3)
+        turned = replace(load(rotated.model, feeds, loaded.input_shapes), name=loaded.name)
+        grouping, proof, bench = _certified(at_granularity(group(turned, allow_io), granularity), feeds, seed, verify, progress)
+        study = replace(study, grouping=grouping, known=rotated.scores_in(grouping), finish=rotated.rescaled)
     chosen, shares = may_go(grouping, scope, exclude, layer_ratios or {})
     idle = set(proof.unexercised) if proof else set()
     if chosen and chosen <= idle:
@@ -173,7 +184,6 @@ def prune(
     if not chosen:
         raise OnnxPruneError(f"{loaded.name}: no group is left to prune; widen --scope or --exclude less", 3)
     _say(progress, f"scoring {len(chosen)} groups")
-    study = Study(grouping, data, progress)
     limits = Limits(min_keep, align)
 
     def widths(scores: Scores, rule: str, losses: Losses, share: float) -> Choice:
@@ -350,6 +360,13 @@ def _certified(
     return certify(grouping, feeds, seed, progress=progress)
 
 
+def _allocation_for(criterion: str, samples: bool) -> str:
+    """The default: what was measured, balanced with scores where these are shares of what layers make."""
+    if not samples or criterion == PCA:
+        return "uniform"
+    return BALANCED if criterion in (*measured.names(), "auto") else DISTORTION
+
+
 def _choice(
     bench: Bench | None,
     grouping: Grouping,
@@ -403,6 +420,7 @@ def why_not(grouping: Grouping) -> str:
 
 def _compensated(result: Result, study: Study, name: str, bench: Bench | None) -> Result:
     """The result with its weights compensated, where that is asked for; checked again, as numbers are new."""
+    result = replace(result, model=study.finish(result.model))
     if name == "none":
         return result
     model, refits = compensations.get(name)(replace(study, grouping=result.plan.grouping), result.plan, result.model)

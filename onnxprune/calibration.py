@@ -33,7 +33,7 @@ from onnxprune.images import (
 )
 from onnxprune.importer import Model
 from onnxprune.inputs import Input, Inputs, Layout, Shape, fitted, inputs_of
-from onnxprune.noise import COUNT, Noise
+from onnxprune.noise import Noise
 from onnxprune.samples import Arrays, Feeds, Piece, Samples, Source, spread
 from onnxprune.userfunctions import is_function, said, user_function
 
@@ -55,7 +55,8 @@ def read_calibration(
 
     source: an .npz, or a mapping {input: array}; a folder of .npz and .npy, each of them some samples or one; a folder of images,
     which needs a `preprocess` (see `images.read_preprocess`) unless the model takes integers; `module:function`, or a function,
-    that yields such mappings; `none`; or `noise` (256 samples of the program's own).  Names that are no inputs are left alone.
+    that yields such mappings; `none`; or `noise` (256 samples of the program's own, 1024 of
+    small inputs).  Names that are no inputs are left alone.
     A preprocess is for pixels: of images, of noise, and of integer arrays for float inputs that hold images.
     limit: the most samples, spread over the source (of a function: the first); deterministic for a seed.
 
@@ -90,7 +91,8 @@ def _named(name: str, model: Model, reader: Reader, limit: int | None, seed: int
     path = Path(name)
     if name == "noise":
         reader.check_preprocess(model.input_shapes, "noise")
-        return _Made(Noise(model, reader.inputs, reader.preprocess, seed), limit or COUNT)
+        noise = Noise(model, reader.inputs, reader.preprocess, seed)
+        return _Made(noise, limit or noise.count)
     if is_function(name):
         return _kept(user_function(name), name, reader, limit)
     if path.is_dir():

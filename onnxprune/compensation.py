@@ -16,11 +16,10 @@ from onnx import ModelProto
 
 from onnxprune.errors import OnnxPruneError
 from onnxprune.expectation import expected
-from onnxprune.leastsquares import reconstructed
 from onnxprune.moments import Observed
 from onnxprune.oneshot import updated
 from onnxprune.plans import Plan
-from onnxprune.reconstruction import Refit, Solve, reconstruct
+from onnxprune.reconstruction import Refit, reconstruct
 from onnxprune.registry import Registry
 from onnxprune.ridge import Fit
 from onnxprune.study import Study
@@ -60,17 +59,13 @@ def update(study: Study, plan: Plan, pruned: ModelProto) -> Made:
 @compensation("moments")
 def moments(study: Study, plan: Plan, pruned: ModelProto) -> Made:
     """Every channel of every layer gets the mean and deviation that it had: batch-norm recalibration, norms folded or not."""
-    return _sequential(study, plan, pruned, match_moments)
+    return reconstruct(plan, pruned, study.batches, match_moments, matched=None, progress=study.progress)
 
 
 @compensation("reconstruct")
 def reconstruction(study: Study, plan: Plan, pruned: ModelProto) -> Made:
     """Least squares towards the original, layer after layer, on what the pruned model makes (`reconstruction`)."""
-    return _sequential(study, plan, pruned, reconstructed)
-
-
-def _sequential(study: Study, plan: Plan, pruned: ModelProto, solve: Solve) -> Made:
-    return reconstruct(plan, pruned, study.batches, solve, progress=study.progress)
+    return reconstruct(plan, pruned, study.batches, progress=study.progress)
 
 
 def match_moments(observed: Observed, matrix: np.ndarray, bias: np.ndarray, intercept: bool = True) -> Fit:
@@ -88,7 +83,7 @@ def match_moments(observed: Observed, matrix: np.ndarray, bias: np.ndarray, inte
     return Fit(made, shifted, 0.0, both.error(matrix, bias) / spread, both.error(made, shifted) / spread)
 
 
-DATA_FREE = ("none", "merge", "mean", "update")  # without samples the last two go by what the weights let expect
+DATA_FREE = ("none", "merge")
 
 
 def check_compensation(name: str, samples: bool) -> None:

@@ -30,12 +30,13 @@ def eliminate(readings: Sequence[Reading], units: int) -> np.ndarray:
     while left.any():
         alive = np.flatnonzero(left)
         costs = sum((problem.costs(alive) for problem in problems), np.zeros(len(alive)))
-        for unit, cost in sorted(zip(alive, costs, strict=True), key=lambda pair: pair[1])[:step]:
+        chosen = np.argsort(costs, kind="stable")[:step]
+        for unit, cost in zip(alive[chosen], costs[chosen], strict=True):
             floor = max(floor, float(cost))
             scores[unit] = floor
-            left[unit] = False
-            for problem in problems:
-                problem.remove(int(unit))
+        left[alive[chosen]] = False
+        for problem in problems:
+            problem.remove(alive[chosen])
     return scores
 
 
@@ -49,24 +50,37 @@ class _Problem:
         self.matrix = reading.matrix.copy()
         self.features = reading.features
         self.power = max(reading.power, 1e-20)
+        self.at = np.arange(sigma.shape[1])  # where a feature stands in the matrices, as they get smaller
+        self.live = np.ones(sigma.shape[1], bool)
 
     def costs(self, units: np.ndarray) -> np.ndarray:
         """tr(W_S [(Σ⁻¹)_SS]⁻¹ W_Sᵀ) / power of each unit."""
-        places = self.features[units]
+        places = self.at[self.features[units]]
         blocks = self.inverse[:, places[:, :, None], places[:, None, :]]  # (groups, units, k, k)
         weights = self.matrix[:, :, places].transpose(0, 2, 3, 1)  # (groups, units, k, out)
-        solved = np.linalg.solve(blocks, weights)
+        solved = weights / blocks if places.shape[1] == 1 else np.linalg.solve(blocks, weights)
         total: np.ndarray = np.einsum("guko,guko->u", weights, solved) / self.power
         return total
 
-    def remove(self, unit: int) -> None:
-        places = self.features[unit]
-        for g in range(len(self.inverse)):
-            inverse = self.inverse[g]
+    def remove(self, units: np.ndarray) -> None:
+        """Take units out, all at once."""
+        places = self.at[np.unique(self.features[units])]
+        for inverse, matrix in zip(self.inverse, self.matrix, strict=True):
             gain = np.linalg.solve(inverse[np.ix_(places, places)], inverse[places])  # (k, features)
-            self.matrix[g] -= self.matrix[g][:, places] @ gain
+            matrix -= matrix[:, places] @ gain
             inverse -= inverse[:, places] @ gain
-            self.matrix[g][:, places] = 0
+            matrix[:, places] = 0
             inverse[places, :] = 0
             inverse[:, places] = 0
             inverse[places, places] = 1.0
+        self.live[places] = False
+        if self.live.mean() < 0.8:
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """Without the rows and columns of what has gone."""
+        kept = np.flatnonzero(self.live)
+        self.inverse, self.matrix = np.ascontiguousarray(self.inverse[:, kept][:, :, kept]), np.ascontiguousarray(self.matrix[:, :, kept])
+        moved = np.zeros(len(self.live), np.int64)
+        moved[kept] = np.arange(len(kept))
+        self.at, self.live = moved[self.at], np.ones(len(kept), bool)

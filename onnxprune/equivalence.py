@@ -100,7 +100,10 @@ def _run(bench: Bench, arrays: Arrays) -> Mapping[str, np.ndarray]:
 
 
 def distortion(before: Arrays, after: Arrays) -> float:
-    """Mean over the float outputs of the squared change by the variance; infinite where they do not compare."""
+    """Mean over the float outputs of the squared change by the variance; infinite where they do not compare.
+
+    Where all outputs are integers, the mean share of them that changes.
+    """
     lost: list[float] = []
     for name, array in before.items():
         if np.asarray(array).dtype.kind != "f" or not np.size(array):
@@ -115,4 +118,7 @@ def distortion(before: Arrays, after: Arrays) -> float:
         if old.size:
             spread = float(old.var()) or float((old**2).mean()) or 1.0
             lost.append(float(((old - new) ** 2).mean()) / spread)
+    if not lost:
+        pairs = ((np.asarray(array), np.asarray(after[name])) for name, array in before.items() if name in after)
+        lost = [float(np.mean(old != new)) for old, new in pairs if old.size and old.shape == new.shape]
     return float(np.mean(lost)) if lost else 0.0

@@ -17,6 +17,7 @@ from onnxprune.grouping import Group, Grouping
 from onnxprune.importer import Model
 from onnxprune.linear import CONVOLUTIONS, Geometry, Linear, geometry, linears
 from onnxprune.moments import Moments
+from onnxprune.products import Terms, gathered
 from onnxprune.running import Arrays
 
 Batches = Callable[[], Iterable[Arrays]]
@@ -25,22 +26,23 @@ WIDEST = 8192  # features; of layers that read more no Gram matrix is kept
 
 @dataclass(frozen=True)
 class Reading:
-    """How one layer reads a group.
+    """How one layer, or one product of two activations, reads a group.
 
+    layer: None of a product (`products`), whose matrix is all ones: it sums its terms, and the covariance is theirs.
     features (units, places): the features of each unit; matrix (groups, out, features): the layer's weights; mean and rms (groups,
     features), covariance (groups, features, features): of what it reads; magnitude (groups, features): root mean square over samples of the
     mean |x| of each; power: mean square, summed over channels, of what its output goes
     into: the residual stream behind an Add, else the output itself, behind an activation if there is one.
     """
 
-    layer: Linear
+    layer: Linear | None
     features: np.ndarray
     matrix: np.ndarray
     mean: np.ndarray
     rms: np.ndarray
     covariance: np.ndarray
     power: float
-    magnitude: np.ndarray
+    magnitude: np.ndarray = field(default_factory=lambda: np.zeros((1, 1)))
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,14 @@ def features(layer: Linear, shape: Geometry, weight: np.ndarray, group: Group) -
         return None
     if layer.op not in CONVOLUTIONS:
         return member.indices
-    if layer.op == "ConvTranspose" and shape.group > 1:
-        return None
+    places = member.indices
+    if layer.op == "ConvTranspose" and shape.group > 1:  # axis 0 holds the channels of all convolution groups, end to end
+        owners, places = np.divmod(places, weight.shape[0] // shape.group)
+        if owners.shape[1] != shape.group or (np.sort(owners, axis=1) != np.arange(shape.group)).any() or (places != places[:, :1]).any():
+            return None  # a unit that not every convolution group reads at the same place, such as a whole group
+        places = places[:, :1]
     kernel = int(np.prod(weight.shape[2:]))
-    found: np.ndarray = (member.indices[:, :, None] * kernel + np.arange(kernel)).reshape(group.units, -1)
+    found: np.ndarray = (places[:, :, None] * kernel + np.arange(kernel)).reshape(group.units, -1)
     return found
 
 
@@ -98,11 +104,13 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
         if wide[2] <= WIDEST:
             layers.append((layer, shape, weight, readers, Moments.zero(wide[0], wide[2], 0)))
     goals = [passed_on(model, layer) for layer, *_ in layers]
-    tap = Tap(model.proto, [*goals, *(layer.source for layer, *_ in layers)])
+    pairs = gathered(grouping)
+    sides = [name for pair in pairs for name in (pair.product.left, pair.product.right)]
+    tap = Tap(model.proto, [*goals, *(layer.source for layer, *_ in layers), *sides])
     squares, seen = [0.0] * len(layers), [0] * len(layers)
     sizes = [np.zeros(moments.x.shape) for *_, moments in layers]
     samples = 0
-    total = sum(1 for _ in batches()) if layers else 0
+    total = sum(1 for _ in batches()) if layers or pairs else 0
     for number, feeds in enumerate(batches()):
         if progress:
             progress(f"reading activations, batch {number + 1} of {total}")
@@ -120,6 +128,8 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
             made = shape.targets(values[goals[position]], places)
             squares[position] += float(np.einsum("gno,gno->", made, made, dtype=np.float64))
             seen[position] += made.shape[1]
+        for pair in pairs:
+            pair.add(values[pair.product.left], values[pair.product.right], feeds)
     readings: dict[int, list[Reading]] = {}
     by_weight: dict[str, Reading] = {}
     for (layer, shape, weight, readers, moments), square, count, size in zip(layers, squares, seen, sizes, strict=True):
@@ -133,6 +143,9 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
         by_weight[layer.weight] = Reading(layer, np.zeros((0, 0), np.int64), matrix, mean, rms, covariance, power, magnitude)
         for owner, places in readers.items():
             readings.setdefault(owner, []).append(replace(by_weight[layer.weight], features=places))
+    for pair in pairs:
+        for owner, places in pair.readers.items():
+            readings.setdefault(owner, []).append(_of_terms(pair, places))
     return Evidence(grouping, {g: tuple(r) for g, r in readings.items()}, samples, by_weight, progress=progress)
 
 
@@ -143,6 +156,13 @@ def _by_sample(rows: np.ndarray, owners: np.ndarray, samples: int) -> np.ndarray
     belongs /= np.maximum(belongs.sum(axis=1, keepdims=True), 1)
     means: np.ndarray = np.matmul(belongs, np.abs(rows))
     return np.asarray(np.einsum("gsf,gsf->gf", means, means, dtype=np.float64))
+
+
+def _of_terms(pair: Terms, places: np.ndarray) -> Reading:
+    """A product as a layer that sums its terms; its power is that of the product."""
+    second = pair.gram / max(1, pair.count) if pair.gram is not None else np.zeros((1, places.size, places.size))
+    rms = np.sqrt(np.maximum(np.einsum("gff->gf", second), 0))
+    return Reading(None, places, np.ones((len(second), 1, second.shape[1])), np.zeros_like(rms), rms, second, float(second.sum()), rms)
 
 
 ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "PRelu", "HardSwish", "Gelu", "Elu", "Selu", "Mish", "Softplus", "Sigmoid", "Tanh")

@@ -183,7 +183,7 @@ class Tally:
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratio = np.float64(sums.signal) / np.float64(sums.noise)
                 sqnr = float(10 * np.log10(ratio)) if sums.noise else math.inf
-            kl = sums.kl / sums.rows if sums.kind in ("logits", "probabilities") else None
+            kl = max(sums.kl / sums.rows, 0.0) if sums.kind in ("logits", "probabilities") else None
             found.append(OutputFidelity(name, sums.samples, agreement, sums.cosine / sums.samples, kl, sqnr))
         return Fidelity(self._samples, tuple(found))
 

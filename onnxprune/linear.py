@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from onnxprune.folding import attributes
 from onnxprune.importer import FLOATS, Model
@@ -27,8 +27,8 @@ class Linear:
     """One layer of a model's main graph.
 
     source: the value that it reads; weight: its tensor; bias: the tensor that is added, "" where none is; output: the value with
-    the bias added; add: the position of the node that adds a MatMul's bias, else -1; added: where the output goes into
-    an Add that is nothing else's, the value it makes and the other operand.
+    the bias added; add: the position of the node that adds the bias behind a MatMul or a bare Gemm, else -1; added: where the
+    output goes into an Add that is nothing else's, the value it makes and the other operand.
     """
 
     node: int
@@ -60,9 +60,12 @@ def linears(model: Model) -> list[Linear]:
         if layer is None or reads[layer.weight] > 1:
             continue
         after = readers.get(layer.output, [])
-        if layer.op == "MatMul" and layer.weight == node.input[1] and len(after) == 1 and reads[layer.output] == 1:
+        bare = layer.op in ("MatMul", "Gemm") and not layer.bias and layer.weight == node.input[1]
+        if bare and len(after) == 1 and reads[layer.output] == 1:
             layer = _with_bias(model, layer, after[0])
             after = readers.get(layer.output, [])
+        if layer.op == "Gemm" and layer.add < 0 and attributes(node).get("beta", 1.0) != 1.0:
+            continue  # a bias that it were given would not count
         if len(after) == 1 and reads[layer.output] == 1 and model.main[after[0]].op_type == "Add":
             add = model.main[after[0]]
             other = add.input[1 - list(add.input).index(layer.output)]
@@ -89,12 +92,14 @@ def _linear(model: Model, index: int, node: NodeProto) -> Linear | None:
     if (node.op_type == "MatMul" and len(tensor.dims) != 2) or (node.op_type == "MatMul" and len(model.shapes[source]) < 2):
         return None
     given = attributes(node)
-    if node.op_type == "Gemm" and (given.get("transA", 0) or given.get("alpha", 1.0) != 1.0 or given.get("beta", 1.0) != 1.0):
+    if node.op_type == "Gemm" and (given.get("transA", 0) or given.get("alpha", 1.0) != 1.0):
         return None
     if node.op_type == "ConvTranspose" and ("output_shape" in given or given.get("auto_pad", "NOTSET") != "NOTSET"):
         return None
     bias = node.input[2] if len(node.input) > 2 and node.op_type != "MatMul" else ""
-    if bias and (bias not in model.tensors or math.prod(model.tensors[bias].dims) != model.shapes[node.output[0]][1]):
+    if node.op_type == "Gemm" and (given.get("beta", 1.0) == 0.0 or _zero(model, bias)):
+        bias = ""
+    if bias and (bias not in model.tensors or not _one_a_channel(model.tensors[bias], model.shapes[node.output[0]][1])):
         return None
     return Linear(index, node.op_type, source, weight, bias, node.output[0])
 
@@ -109,9 +114,19 @@ def _with_bias(model: Model, layer: Linear, reader: int) -> Linear:
     width = model.shapes[layer.output][-1]
     if tensor is None or tensor.data_type not in FLOATS or other in model.copies:
         return layer
-    if list(tensor.dims) != [1] * (len(tensor.dims) - 1) + [width] or add.output[0] not in model.shapes:
+    if not _one_a_channel(tensor, width) or add.output[0] not in model.shapes:
         return layer
     return Linear(layer.node, layer.op, layer.source, layer.weight, other, add.output[0], reader)
+
+
+def _zero(model: Model, bias: str) -> bool:
+    """Whether it is a scalar 0, which exporters write that have no bias to give."""
+    return bias in model.tensors and not model.tensors[bias].dims and not model.array(bias).any()
+
+
+def _one_a_channel(bias: TensorProto, width: int) -> bool:
+    """Whether a tensor holds a number for each place of the last axis, and nothing else."""
+    return list(bias.dims) == [1] * (len(bias.dims) - 1) + [width]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ def updated(plan: Plan, pruned: ModelProto, evidence: Evidence, weights: bool = 
     for group in plan.groups:
         units = plan.remove.get(group.id, ())
         for reading in evidence.of(group) if len(units) else ():
+            if reading.layer is None:
+                continue
             name = reading.layer.weight
             readings[name] = reading
             mask = gone.setdefault(name, np.zeros(reading.matrix.shape[2], bool))

@@ -6,8 +6,10 @@ that the error that has come along the residual stream is taken back in the bran
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, numpy_helper
@@ -16,8 +18,10 @@ from onnxprune.capture import Tap
 from onnxprune.cost import count_macs
 from onnxprune.leastsquares import reconstructed
 from onnxprune.linear import CONVOLUTIONS
+from onnxprune.matching import Matched, match, narrowed
 from onnxprune.moments import Observed
 from onnxprune.plans import Plan
+from onnxprune.products import Product
 from onnxprune.rewriter import Widths
 from onnxprune.ridge import Fit
 from onnxprune.running import Arrays
@@ -41,8 +45,13 @@ class Refit:
     after: float
     shrinkage: float
 
+    def to_json(self) -> dict[str, Any]:
+        """An infinite shrinkage (the weights stay as they are) is None: JSON has no infinity."""
+        return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in vars(self).items()}
+
 
 Solve = Callable[[Observed, np.ndarray, np.ndarray, bool], Fit]
+Match = Callable[[Plan, ModelProto, Product, Batches, float], Matched | None]
 
 
 def reconstruct(
@@ -50,6 +59,7 @@ def reconstruct(
     pruned: ModelProto,
     batches: Batches,
     solve: Solve = reconstructed,
+    matched: Match | None = match,
     held: float = 0.25,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[ModelProto, list[Refit]]:
@@ -57,21 +67,39 @@ def reconstruct(
 
     batches: yields feeds anew at each call; every fourth batch (`held`: the share) chooses the shrinkage.  Tensors keep their names
     and shapes; a Conv, ConvTranspose or Gemm without a bias gets one.  Where a pass for each layer would take long, several layers
-    share one, and only layers that lost inputs are fitted.
+    share one, and only layers that lost inputs are fitted.  matched: fits products of two activations that lost terms, such as queries
+    by keys, when the layers before them are done; None: they are left alone.
     """
     out = ModelProto()
     out.CopyFrom(pruned)
     widths = Widths(plan.grouping, plan.remove)
     sizes = [max((len(v) for v in feeds.values() if np.ndim(v)), default=1) for feeds in batches()]
     stages = _stages(plan, seats(plan, out), sum(sizes))
+    waiting = narrowed(plan, out) if matched is not None else []
     report: list[Refit] = []
     for number, stage in enumerate(stages):
+        while matched is not None and waiting and waiting[0].node < stage[0].layer.node:
+            report += _matched(plan, out, waiting.pop(0), batches, matched, held, progress)
         if progress:
             progress(f"fitting the layers that stay, pass {number + 1} of {len(stages)}")
         for seat, observed in zip(stage, _observe(plan, out, widths, stage, batches, len(sizes), held), strict=True):
             fitted = _fit(out, seat, observed, solve)
             report.append(Refit(seat.node.name or seat.node.output[0], fitted.before, fitted.after, fitted.shrinkage))
+    while matched is not None and waiting:
+        report += _matched(plan, out, waiting.pop(0), batches, matched, held, progress)
     return out, report
+
+
+def _matched(
+    plan: Plan, proto: ModelProto, product: Product, batches: Batches, solve: Match, held: float, progress: Callable[[str], None] | None
+) -> list[Refit]:
+    """Fit a product; nothing to report where that is not possible."""
+    node = plan.grouping.model.main[product.node]
+    name = node.name or node.output[0]
+    found = solve(plan, proto, product, batches, held)
+    if progress:
+        progress(f"fitted {name}" if found else f"{name} is left alone: more than reshapes and a scale is between it and the layers before")
+    return [Refit(name, found.before, found.after, found.shrinkage)] if found else []
 
 
 def _stages(plan: Plan, todo: list[Seat], samples: int) -> list[list[Seat]]:
@@ -95,11 +123,11 @@ def _observe(
     original = Tap(plan.grouping.model.proto, [seat.goal for seat in stage])
     weights = [numpy_helper.to_array(tensors[seat.weight]) for seat in stage]
     found = [Observed.of(seat.shape.matrix(weight).shape, seat.bounds) for seat, weight in zip(stage, weights, strict=True)]
-    every = max(2, round(1 / held))
+    every = max(2, min(round(1 / held), total))  # one batch is held out where there are two
     for number, feeds in enumerate(batches()):
         now, then = mine.run(feeds), original.run(feeds)
         for position, (seat, weight) in enumerate(zip(stage, weights, strict=True)):
-            goal = _kept(then[seat.goal], widths, seat.goal)
+            goal = widths.cut(seat.goal, then[seat.goal])
             many = max(ROWS, 16 * found[position].seen.x.shape[1]) // total
             places = seat.shape.choose(goal.shape, many, feeds, np.random.default_rng([position, number]))
             kernel = weight.shape[2:] if seat.shape.op in CONVOLUTIONS else ()
@@ -108,15 +136,6 @@ def _observe(
             beside = seat.shape.targets(now[seat.other], places) if seat.other else np.zeros_like(wanted)
             found[position].add(rows, wanted, beside, number % every == every - 1, total)
     return found
-
-
-def _kept(array: np.ndarray, widths: Widths, name: str) -> np.ndarray:
-    """A value of the original without the removed units."""
-    for axis in range(array.ndim):
-        mask = widths.mask((name, axis))
-        if mask is not None:
-            array = np.compress(mask, array, axis=axis)
-    return array
 
 
 def _fit(proto: ModelProto, seat: Seat, observed: Observed, solve: Solve) -> Fit:

@@ -57,6 +57,14 @@ class Widths:
         sizes = self.grouping.dependencies.sizes
         return sizes[axis[0]] if axis[0] in sizes else self.grouping.model.shapes[axis[0]][axis[1]]
 
+    def cut(self, name: str, array: np.ndarray) -> np.ndarray:
+        """A value of the original without the removed units."""
+        for axis in range(array.ndim):
+            mask = self.mask((name, axis))
+            if mask is not None:
+                array = np.compress(mask, array, axis=axis)
+        return array
+
 
 def rewrite(grouping: Grouping, remove: Remove, arrays: Mapping[str, np.ndarray] | None = None) -> ModelProto:
     """The model without the removed units; `arrays` replaces tensors' values before they are sliced.

@@ -107,6 +107,8 @@ def beta_rank(evidence: Evidence, group: Group, rng: np.random.Generator) -> np.
 def _makes(evidence: Evidence, member: Member, reading: Reading) -> bool:
     """Whether a member is the axis of what its layer makes."""
     layer, rank = reading.layer, len(evidence.model.tensors[member.tensor].dims)
+    if layer is None:
+        return False
     shape = geometry(evidence.model.main[layer.node], layer.weight, rank)
     if layer.op == "ConvTranspose":
         return member.axis == 1 and shape.group == 1

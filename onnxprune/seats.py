@@ -127,5 +127,5 @@ def give_bias(proto: ModelProto, seat: Seat, bias: np.ndarray) -> None:
 
 def write(tensor: TensorProto, array: np.ndarray) -> None:
     kind, name = tensor.data_type, tensor.name
-    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))  # 0-d stays 0-d
     tensor.data_type = kind

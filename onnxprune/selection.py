@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnxprune.allocations import DISTORTION, Choice
+from onnxprune.allocations import BALANCED, DISTORTION, MEASURED, Choice
 from onnxprune.compensation import compensation
 from onnxprune.criteria import criterion as criteria
-from onnxprune.equivalence import distortion
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Grouping
 from onnxprune.plans import Plan
 from onnxprune.reconstruction import reconstruct
-from onnxprune.rewriter import rewrite
+from onnxprune.rewriter import Widths, rewrite
 from onnxprune.rounds import put_back
 from onnxprune.saliency import measured
-from onnxprune.sensitivity import curves, outputs_of
+from onnxprune.sensitivity import change, curves, outputs_of
 from onnxprune.study import Study
 
-AUTO = "auto"
-SAMPLED = (AUTO, "distortion")  # criteria that run the model
-CANDIDATES = (("obs", DISTORTION), ("obs", "global"), ("fluctuation", "standardized"), ("l2", "uniform"))
+AUTO, PCA = "auto", "pca"
+SAMPLED = (AUTO, PCA, "distortion")  # criteria that run the model
+CANDIDATES = (("obs", BALANCED), ("obs", DISTORTION), ("obs", "global"), ("fluctuation", "standardized"), ("l2", "uniform"))
 FITTED = 256  # samples to which candidates are fitted
 Scores = dict[int, np.ndarray]
 Losses = Mapping[int, np.ndarray] | None
@@ -34,18 +33,21 @@ def check_criterion(name: str, samples: bool, free: bool = False) -> None:
 
     free: data-free pruning was asked for, where most go by what the weights let expect.
     """
-    if name == AUTO or name in measured.names():
+    if name in (AUTO, PCA) or name in measured.names():
         if not samples and not (free and name not in SAMPLED):
             free_too = "" if name in SAMPLED else ", or 'none' for data-free"
             raise OnnxPruneError(f"--criterion {name} looks at activations; give --calibration (samples, or 'noise'{free_too})")
     elif name not in criteria.names():
-        known = sorted({*criteria.names(), *measured.names(), AUTO})
+        known = sorted({*criteria.names(), *measured.names(), AUTO, PCA})
         raise OnnxPruneError(f"no criterion is named '{name}'; there are: {', '.join(known)}")
 
 
 def scored(grouping: Grouping, ids: Collection[int], name: str, seed: int, study: Study) -> Scores:
     """{group: scores (units,)} of the width groups among `ids`."""
     groups = [g for g in grouping.groups if g.id in ids and g.branch is None]
+    if name == PCA:
+        known = {g.id: study.known[g.id] for g in groups if g.id in study.known}
+        return known | scored(grouping, set(ids) - set(known), "obs", seed, study)
     if name in measured.names():
         look = measured.get(name)
         return {g.id: look(study.evidence, g, np.random.default_rng([seed, g.id])) for g in groups}
@@ -55,9 +57,12 @@ def scored(grouping: Grouping, ids: Collection[int], name: str, seed: int, study
 
 def losses_of(grouping: Grouping, scores: Mapping[int, np.ndarray], allocation: str, study: Study) -> Losses:
     """What the outputs lose at each number of units removed, where the allocation goes by that; None otherwise."""
-    if allocation != DISTORTION:
+    if allocation not in MEASURED:
         return None
-    return curves(grouping, study.evidence, scores, study.few(), progress=study.progress)
+    found = curves(grouping, study.evidence, scores, study.few(), progress=study.progress, finish=study.finish)
+    if allocation == DISTORTION:
+        return found
+    return {g: np.sqrt(curve * np.concatenate([[0.0], np.cumsum(np.maximum(np.sort(scores[g]), 0))])) for g, curve in found.items()}
 
 
 @dataclass(frozen=True)
@@ -102,13 +107,14 @@ def _pairs(criterion: str, allocation: str) -> list[tuple[str, str]]:
 
 def _change(study: Study, grouping: Grouping, choice: Choice) -> float:
     """How much the outputs change on samples that the fit has not seen, when the model is pruned so and its layers fitted anew."""
-    part, held = study.samples.split(0.8)
-    part = part if part.count <= FITTED else part.split(FITTED / part.count)[0]
+    part, held = study.apart(0.8, FITTED)
     feeds = list(held.batches(study.batch))
     plan = Plan(grouping, choice.remove)
     try:
-        pruned, _ = reconstruct(plan, rewrite(grouping, choice.remove), lambda: part.batches(study.batch), progress=study.progress)
-        return distortion(outputs_of(grouping.model.proto, feeds), outputs_of(pruned, feeds))
+        pruned, _ = reconstruct(
+            plan, study.finish(rewrite(grouping, choice.remove)), lambda: part.batches(study.batch), progress=study.progress
+        )
+        return change(outputs_of(grouping.model.proto, feeds), outputs_of(pruned, feeds), Widths(grouping, choice.remove))
     except OnnxPruneError:
         return float("inf")
 
@@ -119,11 +125,12 @@ def in_steps(selection: Selection, grouping: Grouping, seed: int, study: Study, 
         choice = choose(selection.scores, selection.allocation, selection.losses, step / steps)
         plan = Plan(grouping, choice.remove)
         pruned = rewrite(grouping, choice.remove)
+        pruned = study.finish(pruned)
         if study.progress:
             study.progress(f"step {step} of {steps}")
         pruned, _ = compensation.get(compensate)(study, plan, pruned)
         left = put_back(plan, pruned)
-        again = Study(left, study.samples, study.progress)
+        again = replace(study, grouping=left)
         scores = scored(left, selection.scores, selection.criterion, seed, again)
         for group, units in choice.remove.items():
             if group in scores:

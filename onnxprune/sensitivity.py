@@ -16,17 +16,30 @@ from onnxprune.evidence import Evidence
 from onnxprune.grouping import Grouping
 from onnxprune.oneshot import updated
 from onnxprune.plans import Plan
-from onnxprune.rewriter import rewrite
+from onnxprune.rewriter import Widths, rewrite
 from onnxprune.running import Arrays
 
 RATIOS = (0.15, 0.3, 0.5, 0.7)
 
 
-def outputs_of(proto: ModelProto, feeds: Sequence[Arrays]) -> dict[str, np.ndarray]:
-    """The outputs over several batches, end to end."""
+Outputs = list[dict[str, np.ndarray]]
+
+
+def outputs_of(proto: ModelProto, feeds: Sequence[Arrays]) -> Outputs:
+    """The outputs, a mapping for each batch."""
     tap = Tap(proto, [v.name for v in proto.graph.output], threads=1)
-    runs = [tap.run(one) for one in feeds]
-    return {name: np.concatenate([np.atleast_1d(run[name]) for run in runs]) for name in runs[0]}
+    return [tap.run(one) for one in feeds]
+
+
+def change(before: Outputs, after: Outputs, widths: Widths | None = None) -> float:
+    """The distortion over several batches, whose sizes may differ; widths: what outputs that may shrink have lost."""
+    if widths is not None:
+        before = [{name: widths.cut(name, array) for name, array in run.items()} for run in before]
+    return distortion(_flat(before), _flat(after))
+
+
+def _flat(runs: Outputs) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([np.ravel(run[name]) for run in runs]) for name in runs[0]}
 
 
 def curves(
@@ -36,6 +49,7 @@ def curves(
     feeds: Iterable[Arrays],
     ratios: Sequence[float] = RATIOS,
     progress: Callable[[str], None] | None = None,
+    finish: Callable[[ModelProto], ModelProto] = lambda model: model,
 ) -> dict[int, np.ndarray]:
     """For each group the distortion of the outputs at every number of units removed, (units + 1,); rising.
 
@@ -55,8 +69,8 @@ def curves(
     def measure(group: int, units: np.ndarray) -> float:
         plan = Plan(grouping, {group: units})
         try:
-            pruned = rewrite(grouping, plan.remove)
-            return distortion(before, outputs_of(updated(plan, pruned, evidence), batches))
+            pruned = finish(rewrite(grouping, plan.remove))
+            return change(before, outputs_of(updated(plan, pruned, evidence), batches), Widths(grouping, plan.remove))
         except OnnxPruneError:
             return float("inf")
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+
+import numpy as np
+from onnx import ModelProto
 
 from onnxprune.evidence import Evidence, gather
 from onnxprune.expectation import expected
@@ -18,14 +21,17 @@ LARGE = 2**17  # elements of a sample's inputs, from which on batches are small
 
 @dataclass
 class Study:
-    """samples: calibration data, or none (count 0); few: a part of it, for what is measured many times.
+    """samples: calibration data, or none (count 0); evidence: gathered when first asked for, or what the weights alone let expect.
 
-    evidence: gathered when first asked for; without samples it is what the weights alone let expect.
+    known: scores that the model's own form gives (of streams that were turned into principal components); finish: what a pruned
+    model needs besides the surgery (their norms' scale).
     """
 
     grouping: Grouping
     samples: Samples
     progress: Callable[[str], None] | None = None
+    known: Mapping[int, np.ndarray] = field(default_factory=dict)
+    finish: Callable[[ModelProto], ModelProto] = lambda model: model
 
     @property
     def batch(self) -> int:
@@ -38,9 +44,17 @@ class Study:
         return self.samples.batches(self.batch)
 
     def part(self, most: int) -> Samples:
-        """At most so many samples, spread over all."""
-        count = self.samples.count
-        return self.samples if count <= most else self.samples.split(1 - most / count)[1]
+        """At most so many samples, spread over all; a whole batch of a model that takes no other."""
+        return _at_most(self.samples, most)
+
+    def apart(self, share: float, most: int) -> tuple[Samples, Samples]:
+        """`share` of the samples (at most so many) to fit to and the others to compare on; all for both where there are too few."""
+        count, least = self.samples.count, self.samples.at_once or 1
+        if count < 2 * least:
+            return self.samples, self.samples
+        held = min(max(round(count * (1 - share)), least), count - least)
+        fit, other = self.samples.split(1 - held / count)
+        return _at_most(fit, most), other
 
     def few(self, most: int = 128) -> list[Arrays]:
         """Feeds of at most so many samples."""
@@ -51,3 +65,8 @@ class Study:
         if not self.samples.count:
             return expected(self.grouping)
         return replace(gather(self.grouping, self.batches, progress=self.progress), trial=self.few)
+
+
+def _at_most(samples: Samples, most: int) -> Samples:
+    most = max(most, samples.at_once or 1)
+    return samples if samples.count <= most else samples.split(1 - most / samples.count)[1]

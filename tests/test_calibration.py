@@ -314,12 +314,12 @@ def test_none_has_no_samples() -> None:
 def test_noise_for_pictures_is_smooth_and_standardized(shape: str) -> None:
     samples = read_calibration("noise", taking(f"float[{shape}] x"))
     images = gathered(samples, "x", 64)
-    assert samples.count == 256
-    assert (abs(images.mean()) < 0.1, abs(images.std() - 1) < 0.1) == (True, True)
+    assert samples.count == 1024  # small pictures
+    assert (abs(images.mean()) < 0.1, abs(images.std() - 1) < 0.15) == (True, True)
     rows = 2 if shape.startswith("N, 3") else 1
     one, other = (np.take(images, range(k, k + 31), axis=rows).ravel() for k in (0, 1))
     assert np.corrcoef(one, other)[0, 1] > 0.6  # neighbours are alike, as in photographs
-    contrasts = images.reshape(256, -1).std(axis=1)
+    contrasts = images.reshape(len(images), -1).std(axis=1)
     assert contrasts.max() > 2 * contrasts.min()
 
 
@@ -342,7 +342,7 @@ def test_noise_for_token_ids_uses_the_whole_table() -> None:
     model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["": 17]> m (int64[N, 4] ids, int64[N, 4] mask) => (float[N, 4, 2] y)
         { wide = Cast<to=7>(ids) y = Gather(table, wide) }""")
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((50, 2), np.float32), "table"))
-    [batch] = read_calibration("noise", load(model)).batches(256)
+    [batch] = read_calibration("noise", load(model)).batches(1024)
     assert set(np.unique(batch["ids"])) == set(range(50))
     assert set(np.unique(batch["mask"])) == {0, 1}
 

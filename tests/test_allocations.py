@@ -1,0 +1,189 @@
+"""How a budget is split between groups, chosen for a model, and met in steps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import MODELS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import ModelProto
+from outside import Weight, build, distance, feeds_of, macs, run
+from test_least_squares import three_deep
+
+import onnxprune
+from onnxprune import selection
+from onnxprune.allocations import BINS, split
+from onnxprune.evidence import gather
+from onnxprune.importer import load
+from onnxprune.rewriter import rewrite
+from onnxprune.rounds import put_back
+from onnxprune.saliency import measured
+
+quick = settings(max_examples=60, derandomize=True, deadline=None, database=None)
+Curves = dict[int, np.ndarray]
+
+
+def curves(rng: np.random.Generator, units: list[int]) -> tuple[Curves, Curves]:
+    """Rising losses, convex or not, and what is saved at each number of units removed."""
+    losses = {g: np.cumsum(np.concatenate([[0.0], rng.exponential(1.0, n) ** 2])) for g, n in enumerate(units)}
+    saved = {g: np.linspace(0, rng.uniform(0.1, 1), n + 1) for g, n in enumerate(units)}
+    return losses, saved
+
+
+@quick
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 5), min_size=1, max_size=4), st.floats(0, 1))
+def test_the_split_of_a_budget_is_the_best_of_all(seed: int, units: list[int], strength: float) -> None:
+    losses, _ = curves(np.random.default_rng(seed), units)
+    each = BINS // 20  # so that what is saved is whole bins: a unit saves a twentieth, what no group holds is another's
+    rest = 20 - sum(units)
+    losses |= {99: np.concatenate([np.zeros(1), np.full(1, 1e6)])} if rest else {}
+    saved = {g: np.arange(len(loss)) / 20 for g, loss in losses.items()} | ({99: np.array([0, rest / 20])} if rest else {})
+    goal = round(strength * BINS)
+    found = split(losses, saved, strength)
+    assert sum(float(saved[g][n]) for g, n in found.items()) * BINS >= goal - 1e-6
+    options = itertools.product(*(range(len(loss)) for loss in losses.values()))
+    bins = {g: [round(float(s) * BINS) for s in saved[g]] for g in losses}
+    enough = (o for o in options if sum(bins[g][n] for g, n in zip(losses, o, strict=True)) >= goal)
+    least = min(sum(float(losses[g][n]) for g, n in zip(losses, o, strict=True)) for o in enough)
+    assert sum(float(losses[g][n]) for g, n in found.items()) == pytest.approx(least)
+    assert each * 20 == BINS
+
+
+@quick
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 40), min_size=1, max_size=8), st.floats(0.05, 0.95))
+def test_no_uniform_or_greedy_split_loses_less(seed: int, units: list[int], strength: float) -> None:
+    losses, saved = curves(np.random.default_rng(seed), units)
+    whole = sum(float(s[-1]) for s in saved.values())
+    goal = strength * whole
+    found = split(losses, saved, strength)
+    lost = sum(float(losses[g][n]) for g, n in found.items())
+    assert sum(float(saved[g][n]) for g, n in found.items()) >= goal - whole / BINS
+    enough = goal + (len(units) + 1) * whole / BINS  # what a group saves is rounded to bins
+    others = [{g: round(share * n) for g, n in enumerate(units)} for share in np.linspace(0, 1, 101)]
+    greedy = dict.fromkeys(losses, 0)
+    while any(greedy[g] < units[g] for g in greedy):
+        price = {g: (losses[g][n + 1] - losses[g][n]) / (saved[g][n + 1] - saved[g][n]) for g, n in greedy.items() if n < units[g]}
+        greedy[min(price, key=price.__getitem__)] += 1
+        others.append(dict(greedy))
+    feasible = [o for o in others if sum(float(saved[g][n]) for g, n in o.items()) >= enough]
+    assert all(lost <= sum(float(losses[g][n]) for g, n in o.items()) + 1e-9 for o in feasible)
+
+
+def test_a_group_of_many_units_is_split_as_finely_as_the_others_need() -> None:
+    losses = {0: np.arange(513) * 1.0, 1: np.arange(513) * 1.0}
+    saved = {0: np.arange(513) / 512, 1: np.arange(513) / 512}
+    found = split(losses, saved, 0.25)
+    assert sum(found.values()) == pytest.approx(256, abs=16)
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def images(count: int = 48) -> dict[str, np.ndarray]:
+    with np.load(MODELS / "digits-images.calibration.npz") as content:
+        return {name: content[name][:count] for name in content.files}
+
+
+@pytest.mark.parametrize("rule", ["uniform", "global", "standardized", "distortion"])
+@pytest.mark.parametrize("ratio", [0.25, 0.6])
+def test_every_allocation_lands_on_the_budget(rule: str, ratio: float) -> None:
+    model = load(MODELS / "digits-resnet.onnx").proto
+    result = onnxprune.prune(model, ratio, calibration=images(), criterion="fluctuation", allocation=rule, compensation="none")
+    feeds = feeds_of(model)
+    assert 1 - macs(result.model, feeds) / macs(model, feeds) == pytest.approx(ratio, abs=0.01)
+    assert result.on_budget
+
+
+def sided(kind: str = "good") -> ModelProto:
+    """Two layers of 16 channels whose first 8 carry nearly all there is."""
+    weights: dict[str, Any] = {}
+    rng = np.random.default_rng(0)
+    for name, shape in (("u", (16, 4)), ("v", (16, 16)), ("w", (3, 16))):
+        weights[name] = rng.standard_normal(shape).astype(np.float32)
+        if name != "w":
+            weights[name][8:] *= 0.01
+    weights |= {"a": np.zeros(16, np.float32), "b": np.zeros(16, np.float32)}
+    body = "h = Gemm<transB=1>(x, u, a) r = Tanh(h) i = Gemm<transB=1>(r, v, b) s = Tanh(i) y = Gemm<transB=1>(s, w)"
+    return build("float[N, 4] x", body, "float[N, 3] y", weights)
+
+
+@pytest.fixture
+def worst() -> Iterator[str]:
+    """A criterion by which the largest go first."""
+    name = "largest-first"
+    if name not in measured.names():
+        measured(name)(lambda evidence, group, rng: -measured.get("energy")(evidence, group, rng))
+    return name
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_auto_takes_the_pair_that_changes_the_outputs_least(worst: str, first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [(worst, "uniform"), ("energy", "uniform")]
+    monkeypatch.setattr(selection, "CANDIDATES", tuple(pairs if first else pairs[::-1]))
+    x = np.random.default_rng(1).standard_normal((64, 4)).astype(np.float32)
+    result = onnxprune.prune(sided(), 0.4, calibration={"x": x}, criterion="auto", allocation="auto")
+    assert (result.plan.options["criterion"], result.plan.options["allocation"]) == ("energy", "uniform")
+    plain = onnxprune.prune(sided(), 0.4, calibration={"x": x}, criterion="energy", allocation="uniform")
+    assert plain.plan.to_json()["groups"] == result.plan.to_json()["groups"]
+
+
+@pytest.mark.parametrize(("batch", "samples"), [("N", 1), ("N", 3), ("4", 4), ("4", 8), ("4", 10)])
+def test_auto_works_with_few_samples_and_with_static_batches(batch: str, samples: int) -> None:
+    model = sided()
+    if batch != "N":
+        for value in (model.graph.input[0], model.graph.output[0]):
+            value.type.tensor_type.shape.dim[0].dim_value = int(batch)
+        del model.graph.value_info[:]
+    x = np.random.default_rng(1).standard_normal((samples, 4)).astype(np.float32)
+    result = onnxprune.prune(model, 0.4, calibration={"x": x}, criterion="auto", allocation="auto")
+    assert result.reached == pytest.approx(0.4, abs=0.05)
+    assert result.fidelity is not None
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("criterion", "rule"), [("obs", "distortion"), ("fluctuation", "global"), ("l2", "uniform")])
+def test_what_goes_in_one_step_stays_gone_in_the_next(criterion: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[dict[int, np.ndarray]] = []
+
+    def recorded(plan: Any, model: ModelProto) -> Any:
+        steps.append(dict(plan.remove))
+        return put_back(plan, model)
+
+    monkeypatch.setattr(selection, "put_back", recorded)
+    model, x = three_deep("Tanh")
+    found = [onnxprune.prune(model, 0.6, calibration={"x": x}, criterion=criterion, allocation=rule, steps=3, seed=5) for _ in range(2)]
+    assert len(steps) == 4
+    steps = [*steps[:2], dict(found[0].plan.remove)]
+    for one, other in itertools.pairwise(steps):
+        assert all(set(units) <= set(other[g]) for g, units in one.items() if g in other)
+        assert sum(map(len, one.values())) < sum(map(len, other.values()))
+    assert found[0].model == found[1].model  # deterministic for a seed
+    assert found[0].on_budget
+
+
+@pytest.mark.parametrize("name", ["mean", "reconstruct"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_what_is_put_back_computes_what_was_left(name: str, biased: bool) -> None:
+    weights: dict[str, Weight] = {"u": (8, 3, 3, 3), "v": (12, 8, 3, 3), "w": (4, 12)}
+    body = "h = Conv<pads=[1,1,1,1]>(x, u{a}) r = Tanh(h) i = Conv(r, v{b}) s = Tanh(i) p = GlobalAveragePool(s) f = Flatten(p)"
+    body += " y = Gemm<transB=1>(f, w{c})"
+    weights |= {"a": (8,), "b": (12,), "c": (4,)} if biased else {}
+    model = build("float[N, 3, 6, 6] x", body.format(**{n: f", {n}" if biased else "" for n in "abc"}), "float[N, 4] y", weights)
+    x = np.random.default_rng(0).standard_normal((48, 3, 6, 6)).astype(np.float32)
+    result = onnxprune.prune(model, 0.4, calibration={"x": x}, compensation=name)
+    back = put_back(result.plan, result.model)
+    assert distance(run(result.model, {"x": x}), run(back.model.proto, {"x": x})) < 1e-5
+    cut = rewrite(back, result.plan.remove)  # what later rounds measure
+    assert distance(run(result.model, {"x": x}), run(cut, {"x": x})) < 1e-5
+    shapes = [{t.name: list(t.dims) for t in one.graph.initializer} for one in (model, back.model.proto)]
+    assert shapes[0].items() <= shapes[1].items()
+    whole = gather(result.plan.grouping, lambda: [{"x": x}])
+    again = gather(back, lambda: [{"x": x}])
+    assert {g: len(r) for g, r in again.readings.items()} == {g: len(r) for g, r in whole.readings.items()}
