@@ -49,6 +49,21 @@ def standardized(scores: Scores, strength: float) -> dict[int, float]:
     return globally({g: (s - s.mean()) / max(float(s.std()), 1e-12) for g, s in scores.items()}, strength)
 
 
+@allocation("pq")
+def pq(scores: Scores, strength: float) -> dict[int, float]:
+    """Each group keeps a share in proportion to 1 − I of its scores, at most all: unequal scores say that fewer units will do.
+
+    I is the PQ index for p = ½, q = 1, so 1 − I = (Σ√s)² / (d·Σs); SAP keeps d·(1 − I) / (1 + η)² of d (Diao et al. 2023,
+    arXiv:2302.05601), and the strength takes the place of η.
+    """
+    kept = {}
+    for g, values in scores.items():
+        s = np.maximum(np.where(np.isfinite(values), values, 0), 0)
+        kept[g] = float(np.sqrt(s).sum() ** 2 / (len(s) * s.sum())) if s.sum() > 0 else 1.0
+    least = min(kept.values(), default=1.0)
+    return {g: 1 - min(1.0, (1 - strength) * share / least) for g, share in kept.items()}
+
+
 DISTORTION = "distortion"  # measured on samples (`sensitivity`), and split by dynamic programming
 BALANCED = "balanced"  # the geometric mean of that and of the scores' own sums, as later layers make up for some of what is measured
 MEASURED = (DISTORTION, BALANCED)

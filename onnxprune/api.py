@@ -129,9 +129,10 @@ def prune(
     `all`: branches first where that changes the outputs less, then channels.  criterion and allocation are about widths:
     branches go by how much the outputs change without them, for what they cost (`random`: by chance).
     calibration: samples for what looks at activations (see `read_calibration`, whose `preprocess` and limit of `samples` these are):
-    with them the defaults are criterion `obs`, allocation `balanced` and compensation `reconstruct`, without them `l2`,
-    `uniform` and `none`; `auto` for criterion or allocation takes what changes the outputs least.  steps: rounds in which units
-    are chosen, each on what the round before left and fitted.
+    with them the defaults are criterion `obs`, allocation `balanced` and compensation `reconstruct`; with "none", data-free,
+    `obs`, `global` and `merge` by what the weights alone let expect; where it is not given `l2`, `uniform` and `none`.  `auto` for
+    criterion or allocation takes what changes the outputs least.  steps: rounds in which units are chosen, each on what the round
+    before left and fitted.
     scope, exclude, layer_ratios: globs over node and tensor names.  min_keep: units (or, below 1, the share) that every
     group keeps, residual branches apart.  Groups that the inputs do
     not exercise stay whole.  align: kept units are a multiple of it.  Deterministic for a seed.
@@ -145,10 +146,11 @@ def prune(
     check_budget(of)
     check_granularity(granularity)
     given = calibration is not None and calibration != "none"
-    criterion = criterion or ("obs" if given else "l2")
-    allocation = allocation or _allocation_for(criterion, given)
-    compensation = compensation or ("reconstruct" if given else "none")
-    check_criterion(criterion, given)
+    free = calibration == "none"
+    criterion = criterion or ("obs" if given or free else "l2")
+    allocation = allocation or ("global" if free else _allocation_for(criterion, given))
+    compensation = compensation or ("reconstruct" if given else "merge" if free else "none")
+    check_criterion(criterion, given, free)
     check_allocation(allocation, given)
     check_compensation(compensation, given)
     if min_keep < 0:
@@ -158,13 +160,14 @@ def prune(
     if align < 1:
         raise OnnxPruneError(f"align is {align}; it is a number of units, 1 at least")
     loaded = _load(model, feeds, input_shapes, progress)
-    data = read_calibration(calibration, loaded, preprocess=preprocess, limit=samples, seed=seed) if calibration is not None else None
+    source = "none" if calibration is None else calibration
+    data = read_calibration(source, loaded, preprocess=preprocess, limit=samples, seed=seed)
     found = at_granularity(group(loaded, allow_io), granularity)
     grouping, proof, bench = _certified(found, feeds, seed, verify, progress)
     _some(grouping)
-    study = Study(grouping, data, progress) if data is not None and data.count else None
+    study = Study(grouping, data, progress)
     rotated: Rotated | None = None
-    if criterion == PCA and study is not None:
+    if criterion == PCA:
         rotated = rotate(grouping, study.batches(), bench, progress=progress)
         if not rotated.scores:
             reason = next(iter(rotated.skipped.values()), "it has no groups of channels")
@@ -204,7 +207,7 @@ def prune(
         "granularity": granularity,
         "criterion": selection.criterion,
         "allocation": selection.allocation,
-        "calibration": data.source if data is not None else None,
+        "calibration": data.source if calibration is not None else None,
         "compensation": compensation,
         "steps": steps,
         "scope": list(scope),
@@ -415,16 +418,16 @@ def why_not(grouping: Grouping) -> str:
     return "; ".join(reasons) or "it has no weights"
 
 
-def _compensated(result: Result, study: Study | None, name: str, bench: Bench | None) -> Result:
+def _compensated(result: Result, study: Study, name: str, bench: Bench | None) -> Result:
     """The result with its weights compensated, where that is asked for; checked again, as numbers are new."""
-    if study is None:
-        return result
     result = replace(result, model=study.finish(result.model))
     if name == "none":
         return result
     model, refits = compensations.get(name)(replace(study, grouping=result.plan.grouping), result.plan, result.model)
     if bench is not None:
         check_model(bench, model, Moves(result.plan.grouping, after=result.plan.remove))
+    if not study.samples.count:
+        return replace(result, model=model)
     _say(study.progress, "comparing with the original")
     original = result.plan.grouping.model.proto
     found = fidelity(original, [result.model, model], study.part(FEW))

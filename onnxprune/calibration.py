@@ -65,7 +65,10 @@ def read_calibration(
     """
     if limit is not None and limit < 1:
         raise OnnxPruneError(f"the number of samples is {limit}; it is 1 at least")
-    reader = Reader(inputs_of(model.proto), read_preprocess(preprocess))
+    prepared = read_preprocess(preprocess)
+    if source == "none":
+        return Samples(0, "none", None, _held([]), np.zeros(0, np.int64))
+    reader = Reader(inputs_of(model.proto), prepared)
     found: Source
     if isinstance(source, Mapping):
         name, found = "the samples", _held([reader.piece(source, "the samples")])
@@ -75,7 +78,7 @@ def read_calibration(
     else:
         name = getattr(source, "__name__", "the function")
         found = _kept(source, name, reader, limit)
-    if not len(found) and name != "none":
+    if not len(found):
         raise OnnxPruneError(f"{name}: has no samples")
     chosen = spread(len(found), len(found) if limit is None else limit, seed)
     at_once = reader.inputs.batch
@@ -86,8 +89,6 @@ def read_calibration(
 
 def _named(name: str, model: Model, reader: Reader, limit: int | None, seed: int) -> Source:
     path = Path(name)
-    if name == "none":
-        return _held([])
     if name == "noise":
         reader.check_preprocess(model.input_shapes, "noise")
         noise = Noise(model, reader.inputs, reader.preprocess, seed)

@@ -15,6 +15,7 @@ import numpy as np
 from onnx import ModelProto
 
 from onnxprune.errors import OnnxPruneError
+from onnxprune.expectation import expected
 from onnxprune.moments import Observed
 from onnxprune.oneshot import updated
 from onnxprune.plans import Plan
@@ -33,6 +34,15 @@ compensation: Registry[Compensation] = Registry("compensation", "onnxprune.compe
 def none(study: Study, plan: Plan, pruned: ModelProto) -> Made:
     """What the surgery left."""
     return pruned, []
+
+
+@compensation("merge")
+def merge(study: Study, plan: Plan, pruned: ModelProto) -> Made:
+    """What went is merged into the channels that say most of it, by the weights alone: `update` by the moments of `expectation`.
+
+    Data-free; UDFC (Bai et al. 2023, arXiv:2308.07209) does it with the products of the filters in the place of covariances.
+    """
+    return updated(plan, pruned, expected(plan.grouping)), []
 
 
 @compensation("mean")
@@ -81,8 +91,11 @@ def match_moments(observed: Observed, matrix: np.ndarray, bias: np.ndarray, inte
     return Fit(made, shifted, 0.0, both.error(matrix, bias) / spread, both.error(made, shifted) / spread)
 
 
+DATA_FREE = ("none", "merge")
+
+
 def check_compensation(name: str, samples: bool) -> None:
     """Raises OnnxPruneError where there is no such compensation, or where it needs samples and there are none."""
     compensation.get(name)
-    if name != "none" and not samples:
+    if name not in DATA_FREE and not samples:
         raise OnnxPruneError(f"--compensation {name} fits to activations; give --calibration (samples, or 'noise')")

@@ -7,8 +7,8 @@ model, and the layer's weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -31,7 +31,8 @@ class Reading:
 
     layer: None of a product (`products`), whose matrix is all ones: it sums its terms, and the covariance is theirs.
     features (units, places): the features of each unit; matrix (groups, out, features): the layer's weights; mean and rms (groups,
-    features), covariance (groups, features, features): of what it reads; power: mean square, summed over channels, of what its output goes
+    features), covariance (groups, features, features): of what it reads; magnitude (groups, features): root mean square over samples of the
+    mean |x| of each; power: mean square, summed over channels, of what its output goes
     into: the residual stream behind an Add, else the output itself, behind an activation if there is one.
     """
 
@@ -42,15 +43,27 @@ class Reading:
     rms: np.ndarray
     covariance: np.ndarray
     power: float
+    magnitude: np.ndarray = field(default_factory=lambda: np.zeros((1, 1)))
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """readings: for each group id how layers read it; samples: how many samples were seen."""
+    """readings: for each group id how layers read it; samples: how many samples were seen.
 
-    model: Model
+    layers: the reading of each layer that was looked at, by its weight; trial: feeds of at most so many samples, for criteria that run
+    the model itself, and None where there are no samples.
+    """
+
+    grouping: Grouping
     readings: Mapping[int, tuple[Reading, ...]]
     samples: int
+    layers: Mapping[str, Reading] = field(default_factory=dict)
+    trial: Callable[[int], Sequence[Arrays]] | None = None
+    progress: Callable[[str], None] | None = None
+
+    @property
+    def model(self) -> Model:
+        return self.grouping.model
 
     def of(self, group: Group) -> tuple[Reading, ...]:
         return self.readings.get(group.id, ())
@@ -89,13 +102,14 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
             continue
         readers = {g.id: f for g in grouping.groups if g.branch is None and (f := features(layer, shape, weight, g)) is not None}
         wide = shape.matrix(weight).shape
-        if readers and wide[2] <= WIDEST:
+        if wide[2] <= WIDEST:
             layers.append((layer, shape, weight, readers, Moments.zero(wide[0], wide[2], 0)))
-    goals = [_passed_on(model, layer) for layer, *_ in layers]
+    goals = [passed_on(model, layer) for layer, *_ in layers]
     pairs = gathered(grouping)
     sides = [name for pair in pairs for name in (pair.product.left, pair.product.right)]
     tap = Tap(spelled_out(model, (layer for layer, *_ in layers)), [*goals, *(layer.source for layer, *_ in layers), *sides])
     squares, seen = [0.0] * len(layers), [0] * len(layers)
+    sizes = [np.zeros(moments.x.shape) for *_, moments in layers]
     samples = 0
     total = sum(1 for _ in batches()) if layers or pairs else 0
     for number, feeds in enumerate(batches()):
@@ -111,13 +125,15 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
             kernel = weight.shape[2:] if layer.op in CONVOLUTIONS else ()
             found = shape.rows(x, out, kernel, places)
             moments.add(found, np.zeros((*found.shape[:2], 0), np.float32))
+            sizes[position] += _by_sample(found, shape.owners(out, places), out[0])
             made = shape.targets(values[goals[position]], places)
             squares[position] += float(np.einsum("gno,gno->", made, made, dtype=np.float64))
             seen[position] += made.shape[1]
         for pair in pairs:
             pair.add(*pair.product.turned(values, pair.product.left, pair.product.right), feeds)
     readings: dict[int, list[Reading]] = {}
-    for (layer, shape, weight, readers, moments), square, count in zip(layers, squares, seen, strict=True):
+    by_weight: dict[str, Reading] = {}
+    for (layer, shape, weight, readers, moments), square, count, size in zip(layers, squares, seen, sizes, strict=True):
         if not (moments.finite and np.isfinite(square)):
             continue  # its squares are no numbers
         mean, _ = moments.means()
@@ -126,25 +142,36 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
         matrix = shape.matrix(weight)
         rms = np.sqrt(np.maximum(np.einsum("gff->gf", second), 0))
         power = max(square / max(1, count), 1e-20)
+        magnitude = np.sqrt(size / max(1, samples))
+        by_weight[layer.weight] = Reading(layer, np.zeros((0, 0), np.int64), matrix, mean, rms, covariance, power, magnitude)
         for owner, places in readers.items():
-            readings.setdefault(owner, []).append(Reading(layer, places, matrix, mean, rms, covariance, power))
+            readings.setdefault(owner, []).append(replace(by_weight[layer.weight], features=places))
     for pair in pairs:
         for owner, places in pair.readers.items():
             readings.setdefault(owner, []).append(_of_terms(pair, places))
-    return Evidence(model, {g: tuple(r) for g, r in readings.items()}, samples)
+    return Evidence(grouping, {g: tuple(r) for g, r in readings.items()}, samples, by_weight, progress=progress)
+
+
+def _by_sample(rows: np.ndarray, owners: np.ndarray, samples: int) -> np.ndarray:
+    """Σ over samples of the squared mean |x| over a sample's rows; rows (groups, n, features), owners (n,): the sample of each."""
+    belongs = np.zeros((samples, len(owners)), np.float32)
+    belongs[owners, np.arange(len(owners))] = 1
+    belongs /= np.maximum(belongs.sum(axis=1, keepdims=True), 1)
+    means: np.ndarray = np.matmul(belongs, np.abs(rows))
+    return np.asarray(np.einsum("gsf,gsf->gf", means, means, dtype=np.float64))
 
 
 def _of_terms(pair: Terms, places: np.ndarray) -> Reading:
     """A product as a layer that sums its terms; its power is that of the product."""
     second = pair.gram / max(1, pair.count) if pair.gram is not None else np.zeros((1, places.size, places.size))
     rms = np.sqrt(np.maximum(np.einsum("gff->gf", second), 0))
-    return Reading(None, places, np.ones((len(second), 1, second.shape[1])), np.zeros_like(rms), rms, second, float(second.sum()))
+    return Reading(None, places, np.ones((len(second), 1, second.shape[1])), np.zeros_like(rms), rms, second, float(second.sum()), rms)
 
 
 ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "PRelu", "HardSwish", "Gelu", "Elu", "Selu", "Mish", "Softplus", "Sigmoid", "Tanh")
 
 
-def _passed_on(model: Model, layer: Linear) -> str:
+def passed_on(model: Model, layer: Linear) -> str:
     """The value that carries a layer's output on: behind its residual Add and an activation."""
     value = layer.added[0] if layer.added else layer.output
     readers = [node for node in model.nodes if value in node.input]

@@ -246,6 +246,12 @@ class Geometry:
                 return live if len(live) <= many else np.sort(rng.choice(live, many, replace=False))
         return np.arange(count) if count <= many else np.sort(rng.choice(count, many, replace=False))
 
+    def owners(self, out: tuple[int, ...], places: np.ndarray) -> np.ndarray:
+        """The sample, along axis 0, that each row at these places is of."""
+        if self.op in CONVOLUTIONS:
+            return np.repeat(np.arange(out[0]), len(places))
+        return np.asarray(places * out[0] // max(1, self.places(out)))
+
     def _flat(self, x: np.ndarray) -> np.ndarray:
         x = np.swapaxes(x, -1, -2) if self.left else x
         return x.reshape(-1, x.shape[-1])

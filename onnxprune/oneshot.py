@@ -45,7 +45,7 @@ def _update(proto: ModelProto, widths: Widths, seat: Seat, weight: np.ndarray, r
     groups = sliced.shape[0]
     if sliced.shape[2] != kept.sum() or groups != reading.matrix.shape[0]:
         return  # the layer has lost something else besides
-    whole = _rows(widths, seat, reading.matrix, sliced)
+    whole = rows_that_stay(widths, seat, reading.matrix, sliced)
     if whole is None:
         return
     matrix = sliced
@@ -62,7 +62,7 @@ def _update(proto: ModelProto, widths: Widths, seat: Seat, weight: np.ndarray, r
     give_bias(proto, seat, bias_of(proto, seat, shift.size) + shift.ravel())
 
 
-def _rows(widths: Widths, seat: Seat, matrix: np.ndarray, sliced: np.ndarray) -> np.ndarray | None:
+def rows_that_stay(widths: Widths, seat: Seat, matrix: np.ndarray, sliced: np.ndarray) -> np.ndarray | None:
     """The original weights of the outputs that stay, (groups, out that stay, all features); None where they are not clear."""
     mask = outputs_left(widths, seat)
     if mask is None:

@@ -48,7 +48,7 @@ CHOICE = options(
         help="What goes: channels and heads, whole heads alone, residual branches, or all of them.",
     ),
     click.option("--criterion", help="Which units go first: l1, l2, obs, fluctuation, … (docs/accuracy.md); auto."),
-    click.option("--allocation", help="How the groups share it: uniform, global, standardized, distortion; auto."),
+    click.option("--allocation", help="How the groups share it: uniform, global, standardized, pq, distortion; auto."),
     click.option("--scope", multiple=True, metavar="GLOB", help="Prune only layers with such a node or tensor name."),
     click.option("--exclude", multiple=True, metavar="GLOB", help="Leave such layers as they are."),
     click.option(
@@ -71,7 +71,10 @@ CALIBRATION = options(
         help="Samples without labels: an .npz, a folder of arrays or images, module:function, noise, or none.",
     ),
     click.option("--samples", type=click.IntRange(1), help="Take so many of them, spread over the source."),
-    click.option("--compensation", help="How what stays makes up for what went: refine, reconstruct, moments, update, mean, none."),
+    click.option(
+        "--compensation",
+        help="How what stays makes up for what went: refine, reconstruct, moments, update, mean, merge (data-free), none.",
+    ),
     click.option("--steps", default=1, show_default=True, type=click.IntRange(1), help="Rounds of choosing and compensating."),
 )
 PREPROCESS = click.option(

@@ -21,38 +21,43 @@ from onnxprune.sensitivity import change, curves, outputs_of
 from onnxprune.study import Study
 
 AUTO, PCA = "auto", "pca"
+SAMPLED = (AUTO, PCA, "distortion")  # criteria that run the model
 CANDIDATES = (("obs", BALANCED), ("obs", DISTORTION), ("obs", "global"), ("fluctuation", "standardized"), ("l2", "uniform"))
 FITTED = 256  # samples to which candidates are fitted
 Scores = dict[int, np.ndarray]
 Losses = Mapping[int, np.ndarray] | None
 
 
-def check_criterion(name: str, samples: bool) -> None:
-    """Raises OnnxPruneError where there is no such criterion, or where it looks at samples and there are none."""
+def check_criterion(name: str, samples: bool, free: bool = False) -> None:
+    """Raises OnnxPruneError where there is no such criterion, or where it looks at samples and there are none.
+
+    free: data-free pruning was asked for, where most go by what the weights let expect.
+    """
     if name in (AUTO, PCA) or name in measured.names():
-        if not samples:
-            raise OnnxPruneError(f"--criterion {name} looks at activations; give --calibration (samples, or 'noise')")
+        if not samples and not (free and name not in SAMPLED):
+            free_too = "" if name in SAMPLED else ", or 'none' for data-free"
+            raise OnnxPruneError(f"--criterion {name} looks at activations; give --calibration (samples, or 'noise'{free_too})")
     elif name not in criteria.names():
         known = sorted({*criteria.names(), *measured.names(), AUTO, PCA})
         raise OnnxPruneError(f"no criterion is named '{name}'; there are: {', '.join(known)}")
 
 
-def scored(grouping: Grouping, ids: Collection[int], name: str, seed: int, study: Study | None) -> Scores:
+def scored(grouping: Grouping, ids: Collection[int], name: str, seed: int, study: Study) -> Scores:
     """{group: scores (units,)} of the width groups among `ids`."""
     groups = [g for g in grouping.groups if g.id in ids and g.branch is None]
-    if name == PCA and study is not None:
+    if name == PCA:
         known = {g.id: study.known[g.id] for g in groups if g.id in study.known}
         return known | scored(grouping, set(ids) - set(known), "obs", seed, study)
-    if name in measured.names() and study is not None:
+    if name in measured.names():
         look = measured.get(name)
         return {g.id: look(study.evidence, g, np.random.default_rng([seed, g.id])) for g in groups}
     score = criteria.get(name)
     return {g.id: score(grouping.model, g, np.random.default_rng([seed, g.id])) for g in groups}
 
 
-def losses_of(grouping: Grouping, scores: Mapping[int, np.ndarray], allocation: str, study: Study | None) -> Losses:
+def losses_of(grouping: Grouping, scores: Mapping[int, np.ndarray], allocation: str, study: Study) -> Losses:
     """What the outputs lose at each number of units removed, where the allocation goes by that; None otherwise."""
-    if allocation not in MEASURED or study is None:
+    if allocation not in MEASURED:
         return None
     found = curves(grouping, study.evidence, scores, study.few(), progress=study.progress, finish=study.finish)
     if allocation == DISTORTION:
@@ -73,9 +78,7 @@ class Selection:
 Choose = Callable[[Scores, str, Losses, float], Choice]
 
 
-def select(
-    grouping: Grouping, ids: Collection[int], criterion: str, allocation: str, seed: int, study: Study | None, choose: Choose
-) -> Selection:
+def select(grouping: Grouping, ids: Collection[int], criterion: str, allocation: str, seed: int, study: Study, choose: Choose) -> Selection:
     """Scores and losses of the groups; where one of the two names is `auto`, those of the pair that serves the model best.
 
     choose: from scores, allocation, losses and the share of the budget that is to go already, which units go.
@@ -85,7 +88,7 @@ def select(
         scores = scored(grouping, ids, one, seed, study)
         found = Selection(one, rule, scores, losses_of(grouping, scores, rule, study))
         tried.append(found)
-    if len(tried) == 1 or study is None:
+    if len(tried) == 1:
         return tried[0]
     changes = [_change(study, grouping, choose(found.scores, found.allocation, found.losses, 1.0)) for found in tried]
     if study.progress:
@@ -116,21 +119,18 @@ def _change(study: Study, grouping: Grouping, choice: Choice) -> float:
         return float("inf")
 
 
-def in_steps(
-    selection: Selection, grouping: Grouping, seed: int, study: Study | None, compensate: str, choose: Choose, steps: int
-) -> Selection:
+def in_steps(selection: Selection, grouping: Grouping, seed: int, study: Study, compensate: str, choose: Choose, steps: int) -> Selection:
     """The selection made again `steps` times, each on what is left when a larger part of the budget has gone and was compensated."""
     for step in range(1, steps):
         choice = choose(selection.scores, selection.allocation, selection.losses, step / steps)
         plan = Plan(grouping, choice.remove)
         pruned = rewrite(grouping, choice.remove)
-        if study is not None:
-            pruned = study.finish(pruned)
-            if study.progress:
-                study.progress(f"step {step} of {steps}")
-            pruned, _ = compensation.get(compensate)(study, plan, pruned)
+        pruned = study.finish(pruned)
+        if study.progress:
+            study.progress(f"step {step} of {steps}")
+        pruned, _ = compensation.get(compensate)(study, plan, pruned)
         left = put_back(plan, pruned)
-        again = replace(study, grouping=left) if study is not None else None
+        again = replace(study, grouping=left)
         scores = scored(left, selection.scores, selection.criterion, seed, again)
         for group, units in choice.remove.items():
             if group in scores:

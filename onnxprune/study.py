@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 from onnx import ModelProto
 
 from onnxprune.evidence import Evidence, gather
+from onnxprune.expectation import expected
 from onnxprune.grouping import Grouping
 from onnxprune.running import Arrays
 from onnxprune.samples import Samples
@@ -20,7 +21,7 @@ LARGE = 2**17  # elements of a sample's inputs, from which on batches are small
 
 @dataclass
 class Study:
-    """samples: calibration data; evidence: gathered when first asked for.
+    """samples: calibration data, or none (count 0); evidence: gathered when first asked for, or what the weights alone let expect.
 
     known: scores that the model's own form gives (of streams that were turned into principal components); finish: what a pruned
     model needs besides the surgery (their norms' scale).
@@ -61,7 +62,9 @@ class Study:
 
     @cached_property
     def evidence(self) -> Evidence:
-        return gather(self.grouping, self.batches, progress=self.progress)
+        if not self.samples.count:
+            return expected(self.grouping)
+        return replace(gather(self.grouping, self.batches, progress=self.progress), trial=self.few)
 
 
 def _at_most(samples: Samples, most: int) -> Samples:

@@ -68,7 +68,7 @@ def refused(found: Result, folder: Path, *words: str) -> None:
 @pytest.mark.parametrize(
     "asked",
     [
-        *(["--criterion", name] for name in ("obs", "fluctuation", "wanda", "auto")),
+        *(["--criterion", name] for name in ("auto", "pca", "distortion")),
         *(["--allocation", name] for name in ("distortion", "auto")),
         *(["--compensation", name] for name in ("mean", "update", "moments", "reconstruct")),
     ],
@@ -76,6 +76,13 @@ def refused(found: Result, folder: Path, *words: str) -> None:
 def test_what_looks_at_activations_needs_samples(asked: list[str], calibration: list[str], tmp_path: Path) -> None:
     found = onnxprune_cli(MODELS / "digits-mlp.onnx", "-r", "0.4", *asked, *calibration, "-o", tmp_path / "out.onnx")
     refused(found, tmp_path, *asked, "--calibration")
+
+
+@pytest.mark.parametrize("name", ["obs", "fluctuation", "wanda"])
+def test_what_goes_by_moments_needs_samples_or_a_word_that_there_are_none(name: str, tmp_path: Path) -> None:
+    line = [MODELS / "digits-mlp.onnx", "-r", "0.4", "--criterion", name, "-q", "-o", tmp_path / "out.onnx"]
+    refused(onnxprune_cli(*line), tmp_path, name, "--calibration", "'none'")
+    assert onnxprune_cli(*line, "--calibration", "none").exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_the_scores_of_a_criterion_are_its_formula() -> None:
         "fluctuation": rows.var(axis=0) * squares / power,
         "energy": (rows**2).mean(axis=0) * squares / power,
         "wanda": np.sqrt((rows**2).mean(axis=0)) * np.abs(weight).sum(axis=0) / np.sqrt(power),
-        "activation": np.sqrt((rows**2).mean(axis=0)),
+        "activation": np.sqrt((np.abs(rows).reshape(len(x), -1, rows.shape[1]).mean(axis=1) ** 2).mean(axis=0)),
     }
     for name, features in formulas.items():
         result = onnxprune.prune(model, 0.4, calibration={"x": x}, criterion=name, allocation="uniform", compensation="none")
