@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 PARTS = ("peers", "ours", "ablation", "minilm", "others")
 CIFAR = [name for name, subject in SUBJECTS.items() if subject.kind == "cifar"]
 OTHERS = [name for name, subject in SUBJECTS.items() if subject.kind == "other"]
-COMPENSATIONS = ("none", "mean", "moments", "update", "reconstruct")
+COMPENSATIONS = ("none", "mean", "moments", "update", "reconstruct", "refine")
 Row = dict[str, Any]
 
 
@@ -229,14 +229,14 @@ def main() -> None:
     parser.add_argument(
         "--default",
         nargs=4,
-        default=["obs", "distortion", "reconstruct", "data"],
+        default=["obs", "balanced", "refine", "data"],
         metavar=("CRITERION", "ALLOCATION", "COMPENSATION", "CALIBRATION"),
         help="what the ablation and the other models start from",
     )
     parser.add_argument(
         "--free",
         nargs=4,
-        default=["obs", "distortion", "reconstruct", "noise"],
+        default=["obs", "balanced", "refine", "noise"],
         metavar=("CRITERION", "ALLOCATION", "COMPENSATION", "CALIBRATION"),
         help="what is shown as onnxprune without samples, of the rows that are there",
     )

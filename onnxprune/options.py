@@ -47,7 +47,7 @@ CHOICE = options(
         metavar="channel|head|block|all",
         help="What goes: channels and heads, whole heads alone, residual branches, or all of them.",
     ),
-    click.option("--criterion", help="Which units go first: l1, l2, obs, fluctuation, … (docs/accuracy.md); auto."),
+    click.option("--criterion", help="Which units go first: l1, l2, obs, fluctuation, … (docs/criteria.md); auto."),
     click.option("--allocation", help="How the groups share it: uniform, global, standardized, pq, distortion; auto."),
     click.option("--scope", multiple=True, metavar="GLOB", help="Prune only layers with such a node or tensor name."),
     click.option("--exclude", multiple=True, metavar="GLOB", help="Leave such layers as they are."),

@@ -12,9 +12,12 @@ from conftest import EVAL, MODELS, SHARED
 from onnx import ModelProto
 from outside import Weight, build, run
 
+import onnxprune
+from onnxprune.calibration import read_calibration
 from onnxprune.criteria import criterion
 from onnxprune.equivalence import distortion
 from onnxprune.errors import OnnxPruneError
+from onnxprune.fidelity import fidelity
 from onnxprune.grouping import Grouping, group
 from onnxprune.importer import load
 from onnxprune.rewriter import rewrite
@@ -485,3 +488,17 @@ def test_exported_post_norm_transformers_do_not(name: str) -> None:
     grouping, rotated = turned(model, [feeds])
     stream = max(grouping.groups, key=lambda g: len(g.members))
     assert "post-norm" in rotated.skipped[stream.id]
+
+
+def test_pca_prunes_streams_and_says_where_there_are_none() -> None:
+    samples = MODELS / "digits-images.calibration.npz"
+    options = {"allocation": "uniform", "calibration": samples, "compensation": "update"}
+    results = {name: onnxprune.prune(MODELS / "digits-mobilenet.onnx", 0.25, criterion=name, **options) for name in ("pca", "l2")}
+    model = onnx.load(MODELS / "digits-mobilenet.onnx")
+    held = read_calibration(MODELS / "digits-images.eval.npz", load(model))
+    lost = {name: fidelity(model, result.model, held).loss for name, result in results.items()}
+    assert lost["pca"] < lost["l2"]
+    assert abs(results["pca"].reached - 0.25) < 0.01
+    with pytest.raises(OnnxPruneError, match="principal components") as refused:
+        onnxprune.prune(MODELS / "digits-mlp.onnx", 0.25, criterion="pca", calibration=MODELS / "digits-mlp.calibration.npz")
+    assert refused.value.exit_code == 3
