@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -150,7 +151,13 @@ def bias_name(proto: ModelProto, seat: Seat) -> str:
     if seat.layer.add >= 0:
         return str(next(name for name in node.input if name != seat.node.output[0]))
     position = 3 if seat.layer.op in RECURRENT else 2
-    return str(node.input[position]) if seat.layer.op != "MatMul" and len(node.input) > position else ""
+    if seat.layer.op == "MatMul" or len(node.input) <= position:
+        return ""
+    name, tensors = str(node.input[position]), tensors_of(proto)
+    if seat.layer.op in RECURRENT:
+        return name
+    wide = math.prod(seat.shape.matrix(numpy_helper.to_array(tensors[seat.weight])).shape[:2])
+    return name if math.prod(tensors[name].dims) == wide else ""  # a number that stands for no bias
 
 
 def _adds_bias(proto: ModelProto, seat: Seat) -> NodeProto:
