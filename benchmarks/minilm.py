@@ -24,6 +24,7 @@ import numpy as np
 
 LENGTH = 64
 CALIBRATION, EVALUATION = 1024, 500
+WORDS = 52  # of a text of several sentences
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 OUTPUT = "sentence_embedding"
 # of the package's files those in prose: no verse, code, lists or chat logs
@@ -42,7 +43,10 @@ def quotations(folder: Path) -> Iterator[list[str]]:
 
 
 def sentences(folder: Path) -> tuple[list[str], list[str]]:
-    """1024 and 500 sentences, at most two of a quotation, in an order drawn once; the same for the same texts."""
+    """1024 texts and 500 sentences, at most two of a quotation, in an order drawn once; the same for the same texts.
+
+    To calibrate, every second text is several sentences, as many as 64 tokens hold or so: least squares wants tokens.
+    """
     entries = [entry[:2] for entry in quotations(folder)]
     calibration: list[str] = []
     evaluation: list[str] = []
@@ -53,7 +57,16 @@ def sentences(folder: Path) -> tuple[list[str], list[str]]:
         seen.update(entries[i])
     if len(evaluation) < EVALUATION:
         sys.exit(f"{folder}: {len(seen)} sentences are not enough; --texts takes the folder of Debian's package fortunes")
-    return calibration[:CALIBRATION], evaluation[:EVALUATION]
+    single, pool = calibration[: CALIBRATION // 2], calibration[CALIBRATION // 2 :] + evaluation[EVALUATION:]
+    joined, words = [""], 0
+    for sentence in pool:
+        if words + len(sentence.split()) > WORDS:
+            joined.append("")
+            words = 0
+        joined[-1] = f"{joined[-1]} {sentence}".strip()
+        words += len(sentence.split())
+    texts = [*single, *joined[: CALIBRATION - len(single)]]
+    return [texts[i] for i in np.random.default_rng(1).permutation(len(texts))], evaluation[:EVALUATION]
 
 
 def encoder(folder: Path) -> Any:
@@ -132,7 +145,7 @@ def main() -> None:
         arrays = dict(zip(INPUTS, (np.asarray(c, np.int64) for c in columns), strict=True))
         np.savez(args.out / f"minilm.{name}.npz", **arrays)
         lengths = arrays["attention_mask"].sum(1)
-        print(f"{name}: {len(texts)} sentences, {np.median(lengths):.0f} tokens ({lengths.min()} to {lengths.max()})")
+        print(f"{name}: {len(texts)} texts, {np.median(lengths):.0f} tokens ({lengths.min()} to {lengths.max()})")
     print(f"minilm.onnx: within {export(encoder(folder), arrays, args.out / 'minilm.onnx'):.1e} of torch")
 
 

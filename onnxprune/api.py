@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from onnxprune.allocations import BALANCED, DISTORTION, Choice, Limits, check_allocation, check_budget, check_ratio, choose
+from onnxprune.allocations import DISTORTION, Choice, Limits, check_allocation, check_budget, check_ratio, choose
 from onnxprune.branches import with_branches
 from onnxprune.calibration import read_calibration
 from onnxprune.certificate import Bench, Proof, certify, prepare
@@ -28,7 +28,6 @@ from onnxprune.plans import Plan, match, read_plan
 from onnxprune.reconstruction import Refit
 from onnxprune.rewriter import rewrite
 from onnxprune.rotation import Rotated, rotate
-from onnxprune.saliency import measured
 from onnxprune.scoping import may_go
 from onnxprune.selection import PCA, Losses, Scores, check_criterion, in_steps, select
 from onnxprune.study import Study
@@ -129,7 +128,7 @@ def prune(
     `all`: branches first where that changes the outputs less, then channels.  criterion and allocation are about widths:
     branches go by how much the outputs change without them, for what they cost (`random`: by chance).
     calibration: samples for what looks at activations (see `read_calibration`, whose `preprocess` and limit of `samples` these are):
-    with them the defaults are criterion `obs`, allocation `balanced` and compensation `refine`; with "none", data-free,
+    with them the defaults are criterion `obs`, allocation `distortion` and compensation `refine`; with "none", data-free,
     `obs`, `global` and `merge` by what the weights alone let expect; where it is not given `l2`, `uniform` and `none`.  `auto` for
     criterion or allocation takes what changes the outputs least.  steps: rounds in which units are chosen, each on what the round
     before left and fitted.
@@ -148,7 +147,7 @@ def prune(
     given = calibration is not None and calibration != "none"
     free = calibration == "none"
     criterion = criterion or ("obs" if given or free else "l2")
-    allocation = allocation or ("global" if free else _allocation_for(criterion, given))
+    allocation = allocation or ("global" if free else DISTORTION if given and criterion != PCA else "uniform")
     compensation = compensation or ("refine" if given else "merge" if free else "none")
     check_criterion(criterion, given, free)
     check_allocation(allocation, given)
@@ -358,13 +357,6 @@ def _certified(
     if not verify or not grouping.groups:
         return grouping, None, None
     return certify(grouping, feeds, seed, progress=progress)
-
-
-def _allocation_for(criterion: str, samples: bool) -> str:
-    """The default: what was measured, balanced with scores where these are shares of what layers make."""
-    if not samples or criterion == PCA:
-        return "uniform"
-    return BALANCED if criterion in (*measured.names(), "auto") else DISTORTION
 
 
 def _choice(
