@@ -148,7 +148,7 @@ def test_two_batches_are_enough_to_fit() -> None:
 def test_layers_that_share_a_pass_are_fitted_well_too(passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxprune.reconstruction.FEWEST", passes)
     monkeypatch.setattr("onnxprune.reconstruction.WORK", 0)
-    result = onnxprune.prune(net(), 0.4, calibration={"x": X}, allocation="uniform")
+    result = onnxprune.prune(net(), 0.4, calibration={"x": X}, allocation="uniform", compensation="reconstruct")
     assert [refit.node for refit in result.refits] == ["i", "y"]
     not_worse(result)
     assert result.fidelity is not None
@@ -342,5 +342,5 @@ def test_the_plan_of_a_compensated_run_applies_as_surgery_alone(tmp_path: Path) 
         assert np.isin(array, whole[name]).all()
     assert any(not np.array_equal(array, arrays(out)[name]) for name, array in surgery.items())
     plan = json.loads((tmp_path / "plan.json").read_text())
-    assert (plan["options"]["criterion"], plan["options"]["compensation"]) == ("obs", "reconstruct")
+    assert (plan["options"]["criterion"], plan["options"]["compensation"]) == ("obs", "refine")
     assert said["options"] == plan["options"]
