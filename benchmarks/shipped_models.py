@@ -1,6 +1,6 @@
 """README's table: the models in models/ at several ratios, with accuracy, parameters and latency.
 
-python benchmarks/shipped_models.py [--align 8]
+python benchmarks/shipped_models.py [--align 8] [--calibration data|noise|none]
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.3])
     parser.add_argument("--align", type=int, default=1)
     parser.add_argument("--batch", type=int, default=32, help="of the latency")
+    parser.add_argument(
+        "--calibration", choices=["data", "noise", "none"], help="the samples of models/, inputs of our own, or weights alone"
+    )
     args = parser.parse_args()
     print("| model | asked | MACs gone | parameters gone | accuracy before | after | latency, of the original |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -37,7 +40,8 @@ def main() -> None:
         for name, arrays in ARRAYS.items():
             original, pruned = MODELS / f"{name}.onnx", Path(folder) / f"{name}.onnx"
             for ratio in args.ratios:
-                result = api.prune(original, ratio, align=args.align)
+                samples = MODELS / f"digits-{arrays}.calibration.npz" if args.calibration == "data" else args.calibration
+                result = api.prune(original, ratio, align=args.align, calibration=samples)
                 onnx.save(result.model, pruned)
                 data = read_arrays(MODELS / f"digits-{arrays}.eval.npz")
                 found = evaluate(onnx.load(original), result.model, data)
