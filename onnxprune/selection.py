@@ -17,13 +17,15 @@ from onnxprune.reconstruction import reconstruct
 from onnxprune.rewriter import Widths, rewrite
 from onnxprune.rounds import put_back
 from onnxprune.saliency import measured
-from onnxprune.sensitivity import change, curves, outputs_of
+from onnxprune.sensitivity import RATIOS, change, curves, outputs_of
 from onnxprune.study import Study
 
 AUTO, PCA = "auto", "pca"
 SAMPLED = (AUTO, PCA, "distortion")  # criteria that run the model
 CANDIDATES = (("obs", BALANCED), ("obs", DISTORTION), ("obs", "global"), ("fluctuation", "standardized"), ("l2", "uniform"))
 FITTED = 256  # samples to which candidates are fitted
+WORK = 1e13  # multiply-accumulates that measuring may take, as long as it has LEAST samples
+LEAST, MOST = 8, 128
 Scores = dict[int, np.ndarray]
 Losses = Mapping[int, np.ndarray] | None
 
@@ -59,7 +61,9 @@ def losses_of(grouping: Grouping, scores: Mapping[int, np.ndarray], allocation: 
     """What the outputs lose at each number of units removed, where the allocation goes by that; None otherwise."""
     if allocation not in MEASURED:
         return None
-    found = curves(grouping, study.evidence, scores, study.few(), progress=study.progress, finish=study.finish)
+    runs = len(RATIOS) * len(scores) * max(1.0, study.macs)
+    feeds = study.few(int(min(MOST, max(LEAST, WORK / max(1.0, runs)))))
+    found = curves(grouping, study.evidence, scores, feeds, progress=study.progress, finish=study.finish)
     if allocation == DISTORTION:
         return found
     return {g: np.sqrt(curve * np.concatenate([[0.0], np.cumsum(np.maximum(np.sort(scores[g]), 0))])) for g, curve in found.items()}

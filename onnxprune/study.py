@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 from onnx import ModelProto
 
+from onnxprune.cost import count_macs
 from onnxprune.evidence import Evidence, gather
 from onnxprune.expectation import expected
 from onnxprune.grouping import Grouping
@@ -39,6 +40,12 @@ class Study:
         shapes = self.grouping.model.input_shapes.values()
         elements = sum(math.prod(shape[1:]) for shape in shapes)
         return max(1, min(8 if elements >= LARGE else 32, self.samples.count // 16))
+
+    @property
+    def macs(self) -> float:
+        """Multiply-accumulates of one sample."""
+        model = self.grouping.model
+        return count_macs(model) / max(1, next((shape[0] for shape in model.input_shapes.values() if shape), 1))
 
     def batches(self) -> Iterator[Arrays]:
         return self.samples.batches(self.batch)
