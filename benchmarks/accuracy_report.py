@@ -11,7 +11,7 @@ from typing import Any
 from accuracy_data import SUBJECTS
 
 Row = dict[str, Any]
-INTRODUCTION = """Top-1 accuracy on 5000 images that nothing was chosen by, with 1024 unlabelled samples or none, and no training. Made by
+INTRODUCTION = """Top-1 accuracy on 5000 images, with 1024 unlabelled samples or none, and no training. Made by
 `benchmarks/accuracy.py`; [benchmarks/README.md](../benchmarks/README.md) says how."""
 NAMES = ("criterion", "allocation", "compensation", "calibration")
 CIFAR = [name for name, subject in SUBJECTS.items() if subject.kind == "cifar"]

@@ -96,8 +96,8 @@ def select(grouping: Grouping, ids: Collection[int], criterion: str, allocation:
         return tried[0]
     changes = [_change(study, grouping, choose(found.scores, found.allocation, found.losses, 1.0)) for found in tried]
     if study.progress:
-        for attempt, change in zip(tried, changes, strict=True):
-            study.progress(f"{attempt.criterion} by {attempt.allocation}: outputs change by {change:.3g} of their variance")
+        for attempt, moved in zip(tried, changes, strict=True):
+            study.progress(f"{attempt.criterion} by {attempt.allocation}: outputs change by {moved:.3g} of their variance")
     return tried[int(np.argmin(changes))]
 
 
