@@ -3,7 +3,7 @@
     pip install '.[peers,bench]' && python benchmarks/minilm.py build/accuracy --texts FOLDER
     python benchmarks/accuracy.py --part peers ours ablation minilm others
 
-One row is one result, made in a process of its own and measured by onnxruntime on data kept for reporting (README says where a default was chosen with an eye on it).  The rows are kept
+One row is one result, made in a process of its own and measured by onnxruntime on data kept for reporting.  The rows are kept
 in docs/accuracy.json as they come: what is there is not run again.  docs/accuracy.md and docs/accuracy.svg are drawn from all
 rows.  benchmarks/README.md says what each part and column is.
 """
