@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 LENGTH = 64
-CALIBRATION, EVALUATION = 1024, 500
+CALIBRATION, EVALUATION = 2048, 500
 WORDS = 52  # of a text of several sentences
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 OUTPUT = "sentence_embedding"
@@ -43,7 +43,7 @@ def quotations(folder: Path) -> Iterator[list[str]]:
 
 
 def sentences(folder: Path) -> tuple[list[str], list[str]]:
-    """1024 texts and 500 sentences, at most two of a quotation, in an order drawn once; the same for the same texts.
+    """2048 texts and 500 sentences, at most two of a quotation, in an order drawn once; the same for the same texts.
 
     To calibrate, every second text is several sentences, as many as 64 tokens hold or so: least squares wants tokens.
     """

@@ -14,7 +14,7 @@ from onnxprune.allocations import DISTORTION, Choice, Limits, check_allocation, 
 from onnxprune.branches import with_branches
 from onnxprune.calibration import read_calibration
 from onnxprune.certificate import Bench, Proof, certify, prepare
-from onnxprune.compensation import check_compensation
+from onnxprune.compensation import TURNING, check_compensation
 from onnxprune.compensation import compensation as compensations
 from onnxprune.cost import Cuts, counter
 from onnxprune.depth import Blocks, at_granularity, check_granularity, mixed
@@ -164,7 +164,7 @@ def prune(
     found = at_granularity(group(loaded, allow_io), granularity)
     grouping, proof, bench = _certified(found, feeds, seed, verify, progress)
     _some(grouping)
-    study = Study(grouping, data, progress)
+    study = Study(grouping, data, progress, turns=compensation in TURNING)
     rotated: Rotated | None = None
     if criterion == PCA:
         rotated = rotate(grouping, study.batches(), bench, progress=progress)
@@ -415,7 +415,7 @@ def _compensated(result: Result, study: Study, name: str, bench: Bench | None) -
     result = replace(result, model=study.finish(result.model))
     if name == "none":
         return result
-    model, refits = compensations.get(name)(replace(study, grouping=result.plan.grouping), result.plan, result.model)
+    model, refits = compensations.get(name)(study.on(result.plan.grouping), result.plan, result.model)
     if bench is not None:
         check_model(bench, model, Moves(result.plan.grouping, after=result.plan.remove))
     if not study.samples.count:

@@ -54,7 +54,7 @@ def mean(study: Study, plan: Plan, pruned: ModelProto) -> Made:
 @compensation("update")
 def update(study: Study, plan: Plan, pruned: ModelProto) -> Made:
     """Least squares on the original's own activations: optimal brain surgeon's update, in one pass (OBSPA, arXiv:2403.18955)."""
-    return updated(plan, pruned, study.evidence), []
+    return updated(*study.surgery(plan), study.turned.evidence), []
 
 
 @compensation("moments")
@@ -66,12 +66,13 @@ def moments(study: Study, plan: Plan, pruned: ModelProto) -> Made:
 @compensation("reconstruct")
 def reconstruction(study: Study, plan: Plan, pruned: ModelProto) -> Made:
     """Least squares towards the original, layer after layer, on what the pruned model makes (`reconstruction`)."""
-    return reconstruct(plan, pruned, study.batches, progress=study.progress)
+    return reconstruct(*study.surgery(plan), study.batches, progress=study.progress)
 
 
 @compensation("refine")
 def refine(study: Study, plan: Plan, pruned: ModelProto) -> Made:
     """The same, and Gauss-Newton on each layer together with the one before it (`refinement`)."""
+    plan, pruned = study.surgery(plan)
     after = refiner(plan, pruned, study.batches, study.progress)
     return reconstruct(plan, pruned, study.batches, progress=study.progress, after=after)
 
@@ -91,6 +92,7 @@ def match_moments(observed: Observed, matrix: np.ndarray, bias: np.ndarray, inte
     return Fit(made, shifted, 0.0, both.error(matrix, bias) / spread, both.error(made, shifted) / spread)
 
 
+TURNING = ("update", "reconstruct", "refine")  # start from the model with its linear bottlenecks turned (`turning`)
 DATA_FREE = ("none", "merge")
 
 

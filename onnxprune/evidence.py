@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from onnxprune.capture import Tap
+from onnxprune.emphasis import emphasis
 from onnxprune.grouping import Group, Grouping
 from onnxprune.importer import Model
 from onnxprune.linear import CONVOLUTIONS, Geometry, Linear, geometry, linears
@@ -124,9 +125,11 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
             places = shape.choose(out, max(rows, 16 * moments.x.shape[1]) // total, feeds, rng)
             kernel = weight.shape[2:] if layer.op in CONVOLUTIONS else ()
             found = shape.rows(x, out, kernel, places)
-            moments.add(found, np.zeros((*found.shape[:2], 0), np.float32))
-            sizes[position] += _by_sample(found, shape.owners(out, places), out[0])
             made = shape.targets(values[goals[position]], places)
+            weights = emphasis(made) if layer.normed else None
+            moments.add(found, np.zeros((*found.shape[:2], 0), np.float32), weights)
+            sizes[position] += _by_sample(found, shape.owners(out, places), out[0])
+            made = made if weights is None else made * np.sqrt(weights)
             squares[position] += float(np.einsum("gno,gno->", made, made, dtype=np.float64))
             seen[position] += made.shape[1]
         for pair in pairs:

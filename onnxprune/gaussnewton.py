@@ -49,12 +49,18 @@ class Weights:
 
 @dataclass(frozen=True)
 class Batch:
-    """x: what A reads; wanted: the value that the original has behind B; beside: what is added to B's output now, None: nothing."""
+    """x: what A reads; wanted: the value that the original has behind B; beside: what is added to B's output now, None: nothing;
+    weights: how much each of its positions counts, float32 with an axis of 1 for the channels, None: all alike."""
 
     x: np.ndarray
     wanted: np.ndarray
     beside: np.ndarray | None
     held: bool
+    weights: np.ndarray | None = None
+
+    @property
+    def roots(self) -> np.ndarray | None:
+        return None if self.weights is None else np.sqrt(self.weights)
 
 
 @dataclass(frozen=True)
@@ -85,13 +91,14 @@ class Pair:
         total = 0.0
         for batch in batches:
             y = self.made(batch, weights, self.activation(self.between(batch.x, weights)))
-            total += float(np.sum(np.square(self.clipped(batch.wanted) - self.clipped(y)), dtype=np.float64))
+            missed = _masked(batch.roots, self.clipped(batch.wanted) - self.clipped(y))
+            total += float(np.sum(np.square(missed), dtype=np.float64))
         return total
 
 
 @dataclass(frozen=True)
 class Linearized:
-    """A batch where it is: what A and B read, the gates, the mask (None: all ones) and what is missed."""
+    """A batch where it is: what A and B read, the gates, the mask (times the roots of the weights; None: all ones), what is missed."""
 
     x: np.ndarray
     hidden: np.ndarray
@@ -107,10 +114,10 @@ def linearized(pair: Pair, batch: Batch, weights: Weights) -> Linearized:
     gates = (pair.activation(up) - pair.activation(down)) / (up - down)
     hidden = pair.activation(between)
     y = pair.made(batch, weights, hidden)
-    mask = None
+    mask = batch.roots
     if pair.bounds is not None:
         low, high = pair.bounds
-        mask = ~(((y <= low) & (batch.wanted <= low)) | ((y >= high) & (batch.wanted >= high)))
+        mask = _masked(mask, ~(((y <= low) & (batch.wanted <= low)) | ((y >= high) & (batch.wanted >= high))))
     return Linearized(batch.x, hidden, gates, mask, _masked(mask, pair.clipped(batch.wanted) - y))
 
 
@@ -160,12 +167,12 @@ class Factor:
         return self.shape.weight(matrix, weight)
 
 
-def factor(shape: Geometry, free: bool, rows: Iterator[np.ndarray], count: int) -> Factor:
-    """rows: (groups, n, features) each, of about equal parts of all; count: how many there are in all."""
+def factor(shape: Geometry, free: bool, rows: Iterator[tuple[np.ndarray, np.ndarray | None]], count: int) -> Factor:
+    """rows: (groups, n, features) each and their weights (1, n, 1), of about equal parts of all; count: how many there are in all."""
     gram, seen = np.zeros((1, 1, 1)), 0
-    for part in rows:
+    for part, weights in rows:
         whole = np.concatenate([part, np.ones((*part.shape[:2], 1), np.float32)], axis=2) if free else part
-        gram = gram + np.matmul(whole.transpose(0, 2, 1), whole)
+        gram = gram + np.matmul(whole.transpose(0, 2, 1), whole if weights is None else whole * weights)
         seen += part.shape[1]
     gram = gram * (count / max(1, seen))
     features = gram.shape[1] - free

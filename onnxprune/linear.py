@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from onnx import NodeProto, TensorProto
 
+from onnxprune.emphasis import normed
 from onnxprune.folding import attributes
 from onnxprune.importer import FLOATS, Model
 from onnxprune.running import Arrays
@@ -30,7 +31,8 @@ class Linear:
 
     source: the value that it reads; weight: its tensor; bias: the tensor that is added, "" where none is; output: the value with
     the bias added; add: the position of the node that adds the bias behind a MatMul or a bare Gemm, else -1; added: where the
-    output goes into an Add that is nothing else's, the value it makes and the other operand.
+    output goes into an Add that is nothing else's, the value it makes and the other operand; normed: that value, or the output, is
+    what a norm over its channels reads (`emphasis`).
     """
 
     node: int
@@ -41,6 +43,7 @@ class Linear:
     output: str
     add: int = -1
     added: tuple[str, str] | None = None
+    normed: bool = False
 
     @property
     def takes_bias(self) -> bool:
@@ -75,8 +78,10 @@ def linears(model: Model) -> list[Linear]:
             other = add.input[1 - list(add.input).index(layer.output)]
             alike = model.shapes.get(other) == model.shapes.get(layer.output) == model.shapes.get(add.output[0])
             if alike and other not in model.tensors and other != layer.output:
-                layer = Linear(**{**vars(layer), "added": (add.output[0], other)})
-        found.append(layer)
+                layer = replace(layer, added=(add.output[0], other))
+        goal = layer.added[0] if layer.added else layer.output
+        axis = 1 if layer.op in CONVOLUTIONS else len(model.shapes[goal]) - 1
+        found.append(replace(layer, normed=normed(model, readers, goal, axis)))
     return found
 
 
@@ -266,6 +271,13 @@ class Geometry:
             total = max((o - 1) * self.strides[axis] + reach - n, 0)
             found.append(total // 2 if self.auto == "SAME_UPPER" else total - total // 2)
         return found
+
+
+def makes_along(shape: Geometry) -> int:
+    """The axis of a layer's weight that what it makes runs along."""
+    if shape.op == "ConvTranspose":
+        return 1
+    return 0 if shape.op == "Conv" or shape.left or shape.flipped else 1
 
 
 def geometry(node: NodeProto, weight: str, rank: int) -> Geometry:

@@ -6,16 +6,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from onnxprune.emphasis import emphasis
+
 
 @dataclass
 class Moments:
     """Running sums over rows x (features) and targets y (out), a block a convolution group.
 
-    count: rows; x (groups, features), y (groups, out): Σx, Σy; xx (groups, features, features): Σxxᵀ; yx (groups, out, features):
-    Σyxᵀ; yy (groups, out): Σy².  All float64; a batch is multiplied in float32.
+    count: rows; x (groups, features), y (groups, out): Σx, Σy; xx (groups, features, features): Σxxᵀ; yx (groups, out, features): Σyxᵀ;
+    yy (groups, out): Σy²; all by the weights of the rows.  All float64; a batch is multiplied in float32.
     """
 
-    count: int
+    count: float
     x: np.ndarray
     y: np.ndarray
     xx: np.ndarray
@@ -33,16 +35,17 @@ class Moments:
             np.zeros((groups, out)),
         )
 
-    def add(self, rows: np.ndarray, targets: np.ndarray) -> None:
-        """rows (groups, n, features), targets (groups, n, out)."""
+    def add(self, rows: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> None:
+        """rows (groups, n, features), targets (groups, n, out); weights (1, n, 1): how much each row counts, 1 on average."""
         rows, targets = np.ascontiguousarray(rows, np.float32), np.ascontiguousarray(targets, np.float32)
-        self.count += rows.shape[1]
-        self.x += rows.sum(axis=1, dtype=np.float64)
-        self.y += targets.sum(axis=1, dtype=np.float64)
+        self.count += rows.shape[1] if weights is None else float(weights.sum())
         with np.errstate(over="ignore", invalid="ignore"):  # `finite` says so
-            self.xx += np.matmul(rows.transpose(0, 2, 1), rows)
-            self.yx += np.matmul(targets.transpose(0, 2, 1), rows)
-        self.yy += np.einsum("gno,gno->go", targets, targets, dtype=np.float64)
+            weighted = [a if weights is None else a * weights for a in (rows, targets)]
+            self.x += weighted[0].sum(axis=1, dtype=np.float64)
+            self.y += weighted[1].sum(axis=1, dtype=np.float64)
+            self.xx += np.matmul(weighted[0].transpose(0, 2, 1), rows)
+            self.yx += np.matmul(weighted[1].transpose(0, 2, 1), rows)
+        self.yy += np.einsum("gno,gno->go", weighted[1], targets, dtype=np.float64)
 
     @property
     def finite(self) -> bool:
@@ -84,23 +87,25 @@ class Window:
 class Observed:
     """What was seen of one layer: sums over the rows to fit to (`seen`) and over those to choose by (`held`).
 
-    bounds: what an activation behind the layer lets through; then some rows are kept as they are, in `window`.
+    bounds: what an activation behind the layer lets through; then some rows are kept as they are, in `window`.  normed: a norm reads
+    what is wanted, so that rows count by their `emphasis`.
     """
 
     seen: Moments
     held: Moments
     bounds: tuple[float, float] | None = None
     window: list[Window] = field(default_factory=list)
+    normed: bool = False
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], bounds: tuple[float, float] | None = None) -> Observed:
+    def of(cls, shape: tuple[int, ...], bounds: tuple[float, float] | None = None, normed: bool = False) -> Observed:
         """shape: of the layer's matrix, (groups, out, features)."""
         groups, out, features = shape
-        return cls(Moments.zero(groups, features, out), Moments.zero(groups, features, out), bounds)
+        return cls(Moments.zero(groups, features, out), Moments.zero(groups, features, out), bounds, normed=normed)
 
     def add(self, rows: np.ndarray, wanted: np.ndarray, beside: np.ndarray, held: bool, batches: int) -> None:
         """A batch of `batches`: what is wanted less what is beside it is the layer's target."""
-        (self.held if held else self.seen).add(rows, wanted - beside)
+        (self.held if held else self.seen).add(rows, wanted - beside, emphasis(wanted) if self.normed else None)
         if self.bounds is not None:
             most = max(1, ROOM // max(1, batches * rows.shape[0] * (rows.shape[2] + 2 * wanted.shape[2])))
             kept = slice(0, None, -(-rows.shape[1] // most))

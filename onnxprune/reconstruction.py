@@ -135,7 +135,8 @@ def _observe(
     mine = Tap(pruned, [name for seat in stage for name in (seat.source, seat.other) if name])
     original = Tap(spelled_out(plan.grouping.model, (seat.layer for seat in stage)), [seat.goal for seat in stage])
     weights = [numpy_helper.to_array(tensors[seat.weight]) for seat in stage]
-    found = [Observed.of(seat.shape.matrix(weight).shape, seat.bounds) for seat, weight in zip(stage, weights, strict=True)]
+    shapes = [seat.shape.matrix(weight).shape for seat, weight in zip(stage, weights, strict=True)]
+    found = [Observed.of(shape, seat.bounds, seat.layer.normed) for seat, shape in zip(stage, shapes, strict=True)]
     every = max(2, min(round(1 / held), total))  # one batch is held out where there are two
     for number, feeds in enumerate(batches()):
         now, then = mine.run(feeds), original.run(feeds)

@@ -15,6 +15,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxprune.capture import Tap
+from onnxprune.emphasis import emphasis
 from onnxprune.errors import OnnxPruneError
 from onnxprune.gaussnewton import ITERATIONS, STEPS, Batch, Factor, Pair, Weights, factor, refined
 from onnxprune.linear import CONVOLUTIONS, made_by
@@ -26,8 +27,8 @@ from onnxprune.running import Arrays, as_float32, first_line, session
 from onnxprune.scopes import captured
 from onnxprune.seats import Seat, all_seats, bias_of, give_bias, tensors_of, write
 
-ROOM = 2**26  # numbers that are kept of the activations of a pair
-WORK = 1e13  # multiply-accumulates that the steps of all pairs may take
+ROOM = 2**28  # numbers that are kept of the activations of a pair
+WORK = 2e13  # multiply-accumulates that the steps of all pairs may take
 ROWS = 16384  # that a preconditioner is made from, or 4 times its features where that is more
 ENOUGH = 2  # rows for each feature of a layer; with fewer a pair is left as it is
 EVERY = 4  # one batch of so many is held out
@@ -172,8 +173,9 @@ def _spread(pair: Pair, gathered: Sequence[Batch]) -> float:
     for batch in gathered:
         wanted = np.moveaxis(pair.clipped(batch.wanted), pair.second.axis, -1)
         wanted = wanted.reshape(-1, wanted.shape[-1])
-        total = total + wanted.sum(axis=0, dtype=np.float64)
-        squares = squares + np.square(wanted, dtype=np.float64).sum(axis=0)
+        weighted = wanted if batch.weights is None else wanted * batch.weights.reshape(-1, 1)
+        total = total + weighted.sum(axis=0, dtype=np.float64)
+        squares = squares + (weighted * wanted).sum(axis=0, dtype=np.float64)
         count += len(wanted)
     return float(np.sum(squares - np.square(total) / max(1, count)))
 
@@ -235,7 +237,9 @@ def _gather(plan: Plan, proto: ModelProto, couple: Couple, widths: Widths, batch
         cut = _cut(second, arrays, most, feeds, number)
         if found and second.layer.op in CONVOLUTIONS and cut[0].shape[1:] != found[0].x.shape[1:]:
             continue  # an operator is of one size
-        found.append(Batch(cut[0], cut[1], cut[2] if second.other else None, number % EVERY == EVERY - 1))
+        channels = 1 if second.layer.op in CONVOLUTIONS else cut[1].ndim - 1
+        weights = emphasis(cut[1], (channels,)) if second.layer.normed else None
+        found.append(Batch(cut[0], cut[1], cut[2] if second.other else None, number % EVERY == EVERY - 1, weights))
     return found
 
 
@@ -278,10 +282,14 @@ def _factor(pair: Pair, weights: Weights, batches: Sequence[Batch], position: in
         return None
     many = max(1, max(ROWS, 4 * features) // len(batches))
 
-    def rows() -> Iterator[np.ndarray]:
+    def rows() -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         for number, (batch, made) in enumerate(zip(batches, makes, strict=True)):
             read = batch.x if position == 0 else pair.activation(pair.between(batch.x, weights))
             places = shape.choose(made, many, {}, np.random.default_rng(number))
-            yield shape.rows(read, made, weight.shape[2:] if shape.op in CONVOLUTIONS else (), places)
+            found = shape.rows(read, made, weight.shape[2:] if shape.op in CONVOLUTIONS else (), places)
+            if batch.weights is None or shape.op in CONVOLUTIONS:  # whose places need not be those that are weighed
+                yield found, None
+            else:
+                yield found, shape.targets(batch.weights, places)
 
     return factor(shape, pair.free[position], rows(), sum(counts))

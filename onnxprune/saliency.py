@@ -22,7 +22,7 @@ from onnxprune.equivalence import distortion
 from onnxprune.errors import OnnxPruneError
 from onnxprune.evidence import Evidence, Reading
 from onnxprune.grouping import Group, Member
-from onnxprune.linear import geometry
+from onnxprune.linear import geometry, makes_along
 from onnxprune.masking import contractions, zeroed
 from onnxprune.registry import Registry
 from onnxprune.running import Runner
@@ -110,9 +110,7 @@ def _makes(evidence: Evidence, member: Member, reading: Reading) -> bool:
     if layer is None:
         return False
     shape = geometry(evidence.model.main[layer.node], layer.weight, rank)
-    if layer.op == "ConvTranspose":
-        return member.axis == 1 and shape.group == 1
-    return member.axis == (0 if layer.op == "Conv" or shape.left or shape.flipped else 1)
+    return member.axis == makes_along(shape) and (layer.op != "ConvTranspose" or shape.group == 1)
 
 
 WORK = 2e13  # multiply-accumulates that the oracle may take

@@ -63,7 +63,11 @@ def losses_of(grouping: Grouping, scores: Mapping[int, np.ndarray], allocation: 
         return None
     runs = len(RATIOS) * len(scores) * max(1.0, study.macs)
     feeds = study.few(int(min(MOST, max(LEAST, WORK / max(1.0, runs)))))
-    found = curves(grouping, study.evidence, scores, feeds, progress=study.progress, finish=study.finish)
+    turned = study.turned
+    order = {**scores, **{g: turned.scores[g] for g in scores if g in turned.scores}}
+    found = curves(
+        replace(grouping, model=turned.grouping.model), turned.evidence, order, feeds, progress=study.progress, finish=study.finish
+    )
     if allocation == DISTORTION:
         return found
     return {g: np.sqrt(curve * np.concatenate([[0.0], np.cumsum(np.maximum(np.sort(scores[g]), 0))])) for g, curve in found.items()}
@@ -115,9 +119,7 @@ def _change(study: Study, grouping: Grouping, choice: Choice) -> float:
     feeds = list(held.batches(study.batch))
     plan = Plan(grouping, choice.remove)
     try:
-        pruned, _ = reconstruct(
-            plan, study.finish(rewrite(grouping, choice.remove)), lambda: part.batches(study.batch), progress=study.progress
-        )
+        pruned, _ = reconstruct(*study.surgery(plan), lambda: part.batches(study.batch), progress=study.progress)
         return change(outputs_of(grouping.model.proto, feeds), outputs_of(pruned, feeds), Widths(grouping, choice.remove))
     except OnnxPruneError:
         return float("inf")

@@ -14,8 +14,11 @@ from onnxprune.cost import count_macs
 from onnxprune.evidence import Evidence, gather
 from onnxprune.expectation import expected
 from onnxprune.grouping import Grouping
+from onnxprune.plans import Plan
+from onnxprune.rewriter import rewrite
 from onnxprune.running import Arrays
 from onnxprune.samples import Samples
+from onnxprune.turning import Turned, turned
 
 LARGE = 2**17  # elements of a sample's inputs, from which on batches are small
 
@@ -25,7 +28,7 @@ class Study:
     """samples: calibration data, or none (count 0); evidence: gathered when first asked for, or what the weights alone let expect.
 
     known: scores that the model's own form gives (of streams that were turned into principal components); finish: what a pruned
-    model needs besides the surgery (their norms' scale).
+    model needs besides the surgery (their norms' scale); turns: compensation may change what the units of a linear bottleneck are.
     """
 
     grouping: Grouping
@@ -33,6 +36,7 @@ class Study:
     progress: Callable[[str], None] | None = None
     known: Mapping[int, np.ndarray] = field(default_factory=dict)
     finish: Callable[[ModelProto], ModelProto] = lambda model: model
+    turns: bool = False
 
     @property
     def batch(self) -> int:
@@ -72,6 +76,23 @@ class Study:
         if not self.samples.count:
             return expected(self.grouping)
         return replace(gather(self.grouping, self.batches, progress=self.progress), trial=self.few)
+
+    @cached_property
+    def turned(self) -> Turned:
+        """The grouping on a model whose linear bottlenecks are turned, if `turns`; the grouping as it is otherwise."""
+        first = next(self.batches(), None) if self.turns and self.samples.count else None
+        return Turned(self.grouping, self.evidence) if first is None else turned(self.grouping, self.evidence, first)
+
+    def on(self, grouping: Grouping) -> Study:
+        """The same for fewer groups of the same model, with what was found so far."""
+        other = replace(self, grouping=grouping)
+        other.__dict__.update({name: vars(self)[name] for name in ("evidence", "turned") if name in vars(self)})
+        return other
+
+    def surgery(self, plan: Plan) -> tuple[Plan, ModelProto]:
+        """The plan on the turned model, and that model pruned by it: what a compensation starts from."""
+        made = self.turned.plan(plan)
+        return made, self.finish(rewrite(made.grouping, made.remove))
 
 
 def _at_most(samples: Samples, most: int) -> Samples:
