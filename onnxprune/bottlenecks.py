@@ -7,7 +7,7 @@ the other (`turning`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from onnxprune.evidence import Evidence, features
 from onnxprune.grouping import Group, Grouping
 from onnxprune.importer import Model
 from onnxprune.linear import Geometry, Linear, geometry, makes_along
-from onnxprune.products import Product, products, summed
+from onnxprune.products import Product
 from onnxprune.running import Arrays
 from onnxprune.scopes import captured
 from onnxprune.trunks import Channels
@@ -62,14 +62,20 @@ def _roots(moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bottleneck(
-    grouping: Grouping, evidence: Evidence, layers: Mapping[str, Linear], group: Group, carrying: Channels, feeds: Arrays
+    grouping: Grouping,
+    evidence: Evidence,
+    group: Group,
+    layers: Mapping[str, Linear],
+    mine: Sequence[Product],
+    carrying: Channels,
+    feeds: Arrays,
 ) -> list[Block] | None:
     """The blocks of a group, None where it is no linear bottleneck.
 
-    layers: those of the model, by their weights; carrying: the values that have the group's units; feeds: to probe with.
+    layers: the model's, by their weights; mine: the products of two activations that sum over the group; carrying: the values that
+    have its units; feeds: to probe with.
     """
     model = grouping.model
-    mine = [product for product in products(model) if summed(grouping, product, group) is not None]
     summing = _of_product(grouping, evidence, group, mine[0], feeds) if len(mine) == 1 else []
     if len(mine) > 1 or summing is None:
         return None
@@ -98,10 +104,13 @@ def _of_layers(
     group: Group,
     carrying: Channels,
     summing: Collection[Block],
-    ends: set[int],
+    ends: Collection[int],
 ) -> list[Block] | None:
     """The blocks of what one layer makes and others read behind linear maps, besides those of a product."""
-    taken = {(side.tensor, int(place)) for block in summing for side in (*block.left, *block.right) for place in side.places}
+    ends, taken = (
+        set(ends),
+        {(side.tensor, int(place)) for block in summing for side in (*block.left, *block.right) for place in side.places},
+    )
     makers: list[tuple[Linear, Geometry, np.ndarray]] = []
     readers: list[tuple[Linear, int, np.ndarray, np.ndarray]] = []
     for member in group.members:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -80,10 +81,10 @@ def reconstruct(
     out.CopyFrom(pruned)
     widths = Widths(plan.grouping, plan.remove)
     sizes = [max((len(v) for v in feeds.values() if np.ndim(v)), default=1) for feeds in batches()]
-    stages = _stages(plan, seats(plan, out), sum(sizes))
+    stages, hurried = _stages(plan, seats(plan, out), sum(sizes))
     waiting = narrowed(plan, out) if matched is not None else []
     report: list[Refit] = []
-    if after and any(len(stage) > 1 for stage in stages):
+    if after and hurried:
         after = None
         if progress:
             progress("no layers are refined together: the model or the calibration set is too large")
@@ -115,16 +116,29 @@ def _matched(
     return [Refit(name, found.before, found.after, found.shrinkage)] if found else []
 
 
-def _stages(plan: Plan, todo: list[Seat], samples: int) -> list[list[Seat]]:
-    """One layer a pass, or several where a pass each would be more than WORK."""
+def _stages(plan: Plan, todo: list[Seat], samples: int) -> tuple[list[list[Seat]], bool]:
+    """The layers of each pass: those that read the same, and more where that would be more work than WORK; and whether it would be."""
     model = plan.grouping.model
     batch = next((shape[0] for shape in model.input_shapes.values() if shape), 1)
     once = 0.8 * count_macs(model) / max(1, batch) * max(1, samples)
     passes = max(FEWEST, int(WORK / max(once, 1.0)))
-    if passes < len(todo):
-        todo = [seat for seat in todo if seat.narrowed] or todo
-    many = -(-len(todo) // passes)
-    return [todo[i : i + many] for i in range(0, len(todo), max(1, many))]
+    stages = _alike(todo)
+    if len(stages) <= passes:
+        return stages, False
+    stages = _alike([seat for seat in todo if seat.narrowed] or todo)
+    many = -(-len(stages) // passes)
+    return [list(chain(*stages[i : i + many])) for i in range(0, len(stages), many)], True
+
+
+def _alike(todo: Sequence[Seat]) -> list[list[Seat]]:
+    """Layers after one another that read the same value, such as those of queries, keys and values, and are added to nothing."""
+    stages: list[list[Seat]] = []
+    for seat in todo:
+        if stages and stages[-1][-1].source == seat.source and not (stages[-1][-1].other or seat.other):
+            stages[-1].append(seat)
+        else:
+            stages.append([seat])
+    return stages
 
 
 def _observe(

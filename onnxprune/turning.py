@@ -28,6 +28,7 @@ from onnxprune.grouping import Grouping
 from onnxprune.importer import Model
 from onnxprune.linear import Geometry, geometry, linears, makes_along
 from onnxprune.plans import Plan
+from onnxprune.products import products, summed
 from onnxprune.running import Arrays, Runner, distance
 from onnxprune.seats import tensors_of, write
 from onnxprune.trunks import channels
@@ -54,10 +55,12 @@ def turned(grouping: Grouping, evidence: Evidence, feeds: Arrays) -> Turned:
     """Turn every linear bottleneck of a model; feeds: what is run to see that it still computes the same."""
     model = grouping.model
     layers, where = {layer.weight: layer for layer in linears(model)}, channels(grouping)
+    every = products(model)
     found: dict[int, list[Block]] = {}
     for group in grouping.groups:
         if group.branch is None and len(group.leaves) == 1 and group.units > 1:
-            blocks = bottleneck(grouping, evidence, layers, group, where.get(group.leaves[0], {}), feeds)
+            mine = [product for product in every if summed(grouping, product, group) is not None]
+            blocks = bottleneck(grouping, evidence, group, layers, mine, where.get(group.leaves[0], {}), feeds)
             if blocks:
                 found[group.id] = blocks
     made = _same(model, found, feeds)
