@@ -52,6 +52,13 @@ class Commands(click.Group):
             args = ["prune", *args]
         return super().parse_args(ctx, args)
 
+    def make_context(self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any) -> click.Context:
+        if not {"--help", "-h", "--version"}.intersection(args):
+            from onnxprune.configuration import read_configuration
+
+            extra.setdefault("default_map", read_configuration(self.commands))
+        return super().make_context(info_name, args, parent, **extra)
+
     def main(self, *args: Any, **extra: Any) -> Any:
         try:
             code = super().main(*args, **{**extra, "standalone_mode": False})

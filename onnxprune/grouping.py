@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from onnxprune import layouts
 from onnxprune.dependencies import Dependencies, relate
+from onnxprune.errors import OnnxPruneError
 from onnxprune.heads import head_leaves
 from onnxprune.importer import FLOATS, Model
 from onnxprune.layouts import Dim, Layout, find, freeze
@@ -85,7 +87,14 @@ class Grouping:
 
 
 def group(model: Model, allow_io: Sequence[str] = ()) -> Grouping:
-    """Solve a model's axes into groups; channel shuffles are read in the way that leaves more units free."""
+    """Solve a model's axes into groups; channel shuffles are read in the way that leaves more units free.
+
+    allow_io: globs over the names of graph inputs and outputs that may change size.  Raises OnnxPruneError for one that matches none.
+    """
+    ends = (*model.inputs, *model.outputs)
+    for pattern in allow_io:
+        if not fnmatch.filter(ends, pattern):
+            raise OnnxPruneError(f"{model.name}: no input or output matches --allow-io '{pattern}'; it has {', '.join(ends[:8])}")
     found = [_grouped(model, relate(model, allow_io))]
     shuffles = find_shuffles(model)
     if shuffles:

@@ -84,6 +84,8 @@ def reconstruct(
     stages, hurried = _stages(plan, seats(plan, out), sum(sizes))
     waiting = narrowed(plan, out) if matched is not None else []
     report: list[Refit] = []
+    if len(sizes) < 2 and progress:
+        progress("the layers stay as they are: one batch of samples leaves none to see by whether a fit holds; give more")
     if after and hurried:
         after = None
         if progress:

@@ -463,6 +463,8 @@ def test_allow_io_lets_an_output_shrink() -> None:
     assert caught.value.exit_code == 3
     grouping = onnxprune.groups(model, allow_io=["y"], verify=False)
     assert ("w2", 1) in {(m.tensor, m.axis) for g in grouping.groups for m in g.members}
+    with pytest.raises(onnxprune.OnnxPruneError, match="no input or output matches --allow-io 'z\\*'; it has x, y"):
+        onnxprune.groups(model, allow_io=["y", "z*"], verify=False)
 
 
 def test_groups_of_shipped_models_reach_every_inner_channel(shipped: str) -> None:
