@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from onnxprune.allocations import DISTORTION, Choice, Limits, check_allocation, check_budget, check_ratio, choose
+from onnxprune.allocations import DISTORTION, Choice, Limits, check_allocation, check_budget, check_ratio, choose, nearest
 from onnxprune.branches import with_branches
 from onnxprune.calibration import read_calibration
 from onnxprune.certificate import Bench, Proof, certify, prepare
@@ -31,6 +31,7 @@ from onnxprune.rotation import Rotated, rotate
 from onnxprune.scoping import may_go
 from onnxprune.selection import PCA, Losses, Scores, check_criterion, in_steps, select
 from onnxprune.study import Study
+from onnxprune.tiles import Align, check_align, ladder
 from onnxprune.verification import check_model, compare, prove_surgery
 
 Source = str | os.PathLike[str] | ModelProto
@@ -114,7 +115,8 @@ def prune(
     exclude: Sequence[str] = (),
     layer_ratios: Mapping[str, float] | None = None,
     min_keep: float = 0.1,
-    align: int = 1,
+    align: Align = 1,
+    target: str | None = None,
     allow_io: Sequence[str] = (),
     feeds: Arrays | None = None,
     input_shapes: Shapes | None = None,
@@ -134,7 +136,8 @@ def prune(
     before left and fitted.
     scope, exclude, layer_ratios: globs over node and tensor names.  min_keep: units (or, below 1, the share) that every
     group keeps, residual branches apart.  Groups that the inputs do
-    not exercise stay whole.  align: kept units are a multiple of it.  Deterministic for a seed.
+    not exercise stay whole.  align: widths that layers work on stay multiples of it, or {glob: number} for layers so named; target:
+    `cpu`, `tensorrt` or `cuda` chooses it for each group, as coarse as the group and the budget allow.  Deterministic for a seed.
 
     Raises OnnxPruneError for bad input (exit code 2), where nothing can be pruned (3) and where the proof fails (4).
 
@@ -156,8 +159,7 @@ def prune(
         raise OnnxPruneError(f"min-keep is {min_keep}; it is a share below 1 or a number of units, 0 at least")
     if steps < 1:
         raise OnnxPruneError(f"steps is {steps}; it is a number of rounds, 1 at least")
-    if align < 1:
-        raise OnnxPruneError(f"align is {align}; it is a number of units, 1 at least")
+    check_align(align, target)
     loaded = _load(model, feeds, input_shapes, progress)
     source = "none" if calibration is None else calibration
     data = read_calibration(source, loaded, preprocess=preprocess, limit=samples, seed=seed)
@@ -183,7 +185,7 @@ def prune(
     if not chosen:
         raise OnnxPruneError(f"{loaded.name}: no group is left to prune; widen --scope or --exclude less", 3)
     _say(progress, f"scoring {len(chosen)} groups")
-    limits = Limits(min_keep, align)
+    limits = [Limits(min_keep, steps) for steps in ladder(grouping, align, target)]
 
     def widths(scores: Scores, rule: str, losses: Losses, share: float) -> Choice:
         return _choice(None, grouping, scores, {}, ratio * share, of, rule, limits, shares, losses)
@@ -213,7 +215,8 @@ def prune(
         "exclude": list(exclude),
         "layer_ratios": dict(layer_ratios or {}),
         "min_keep": min_keep,
-        "align": align,
+        "align": align if isinstance(align, int) else dict(align),
+        "target": target,
         "allow_io": list(allow_io),
         "seed": seed,
         "input_shapes": {k: list(v) for k, v in loaded.input_shapes.items()},
@@ -240,7 +243,7 @@ def prune(
         raise failure
     if not scores:
         raise OnnxPruneError(f"{loaded.name}: to cut none of its branches is closest to {ratio:.1%} of {of}; ask for more", 3)
-    raise OnnxPruneError(f"{loaded.name}: nothing can go within --min-keep {min_keep:g} and --align {align}; ask for less of them", 3)
+    raise OnnxPruneError(f"{loaded.name}: nothing can go within --min-keep {min_keep:g} and the alignment; ask for less of them", 3)
 
 
 def apply(
@@ -367,7 +370,7 @@ def _choice(
     ratio: float,
     of: str,
     rule: str,
-    limits: Limits,
+    limits: Sequence[Limits],
     shares: Mapping[int, float],
     losses: Losses = None,
 ) -> Choice:
@@ -377,7 +380,8 @@ def _choice(
         dead = Cuts(grouping).dead(cut)
         alive = {g.id for g in grouping.groups if not dead or any(m.tensor not in dead for m in g.members)}
         left = {g: s for g, s in scores.items() if g in alive}
-        return choose(grouping, left, ratio, of, rule, limits, {g: shares[g] for g in left if g in shares}, cut, losses)
+        given = {g: shares[g] for g in left if g in shares}
+        return nearest((choose(grouping, left, ratio, of, rule, limit, given, cut, losses) for limit in limits), ratio)
 
     if not lost or bench is None:
         return widths()

@@ -59,7 +59,14 @@ CHOICE = options(
         help="Such layers lose this share of units.",
     ),
     click.option("--min-keep", default=0.1, show_default=True, help="Least that a group keeps: a share below 1, or a number of units."),
-    click.option("--align", default=1, show_default=True, help="Keep multiples of this many units."),
+    click.option(
+        "--align",
+        multiple=True,
+        metavar="[GLOB=]N",
+        callback=lambda context, option, texts: read_align(texts),
+        help="Widths of layers stay multiples of N; of layers with such a node or tensor name.",
+    ),
+    click.option("--target", metavar="cpu|tensorrt|cuda", help="Where it will run: chooses --align group by group; tensorrt also checks."),
     ALLOW_IO,
 )
 
@@ -91,6 +98,18 @@ EVALUATION = options(
     ),
     click.option("--metric", metavar="MODULE:FUNCTION", help="Your own metric on them: function(outputs, data) -> float."),
 )
+
+
+def read_align(texts: tuple[str, ...]) -> int | dict[str, int]:
+    """A number of units for all layers, or {glob: number}, `*` being the rest."""
+    found: dict[str, int] = {}
+    for text in texts:
+        pattern, _, number = text.rpartition("=")
+        try:
+            found[pattern or "*"] = int(number)
+        except ValueError:
+            raise OnnxPruneError(f"--align '{text}': write it as a number of units, such as 8, or as 'GLOB=8'") from None
+    return found.get("*", 1) if found.keys() <= {"*"} else found
 
 
 def read_feeds(path: str | None) -> dict[str, np.ndarray] | None:
