@@ -31,6 +31,8 @@ from onnxprune.rotation import Rotated, rotate
 from onnxprune.scoping import may_go
 from onnxprune.selection import PCA, Losses, Scores, check_criterion, in_steps, select
 from onnxprune.study import Study
+from onnxprune.tensorrt import Support, check_introduced
+from onnxprune.tensorrt import check as supported
 from onnxprune.tiles import Align, check_align, ladder
 from onnxprune.verification import check_model, compare, prove_surgery
 
@@ -48,7 +50,7 @@ class Result:
     """A pruned model, the plan that made it, its proof (None without verification), and its costs before and after.
 
     refits: the layers that compensation fitted anew; fidelity: how near the outputs on calibration samples stay to the original's,
-    without compensation and with it.
+    without compensation and with it.  support: what TensorRT does not take of the original, where that is the target.
     macs, parameters: (before, after); reached: share of the budget that went; on_budget: within a point of what was asked.
     """
 
@@ -61,6 +63,7 @@ class Result:
     on_budget: bool
     refits: tuple[Refit, ...] = field(default=(), repr=False)
     fidelity: tuple[Fidelity, Fidelity] | None = field(default=None, repr=False)
+    support: Support | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -72,6 +75,7 @@ class Result:
             "proof": self.proof.to_json() if self.proof else None,
             "refits": [refit.to_json() for refit in self.refits],
             "fidelity": [found.to_json() for found in self.fidelity] if self.fidelity else None,
+            "support": self.support.to_json() if self.support else None,
         }
 
 
@@ -229,7 +233,7 @@ def prune(
         made = Plan(grouping, choice.remove, options, choice.reached)
         try:
             result = _finish(made, proof, bench, abs(choice.reached - ratio) <= 0.01, progress)
-            return _compensated(result, study, compensation, bench)
+            return _for_target(_compensated(result, study, compensation, bench), loaded, target)
         except ProofError as error:
             failure = error
         _say(progress, f"planning again without {len(failure.groups)} groups")
@@ -428,6 +432,14 @@ def _compensated(result: Result, study: Study, name: str, bench: Bench | None) -
     original = result.plan.grouping.model.proto
     found = fidelity(original, [result.model, model], study.part(FEW))
     return replace(result, model=model, refits=tuple(refits), fidelity=(found[0], found[1]))
+
+
+def _for_target(result: Result, original: Model, target: str | None) -> Result:
+    """The result with what TensorRT does not take of the original; raises OnnxPruneError (exit code 4) where pruning adds to that."""
+    if target != "tensorrt":
+        return result
+    check_introduced(original.proto, result.model)
+    return replace(result, support=supported(original))
 
 
 def _finish(made: Plan, proof: Proof | None, bench: Bench | None, on_budget: bool, progress: Progress | None) -> Result:

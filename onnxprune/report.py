@@ -16,6 +16,8 @@ from onnxprune.certificate import Proof
 from onnxprune.evaluation import Evaluation
 from onnxprune.grouping import Group, Grouping
 from onnxprune.handoff import HandOff
+from onnxprune.tensorrt import Support
+from onnxprune.tensorrt_operators import VERSION
 
 
 def _table(*columns: tuple[str, str]) -> Table:
@@ -178,6 +180,20 @@ def show_evaluation(console: Console, found: Evaluation) -> None:
         table.add_row(escape(output.output), *("–" if value is None else form.format(value) for value, form in row))
     if table.row_count:
         console.print(table)
+
+
+def show_support(console: Console, support: Support) -> None:
+    """What TensorRT does not take of a model, by its table of operators, and the profiles that it needs."""
+    say = "does not take" if support.refused else "should take all of it"
+    console.print(f"TensorRT {VERSION}, by its table of operators: {'[yellow]' if support.refused else ''}{say}")
+    for finding in (*support.refused, *support.notes):
+        more = f" and {len(finding.where) - 1} more" if len(finding.where) > 1 else ""
+        subject = escape(": ".join(text for text in (finding.op, finding.reason) if text))
+        line = f"  {subject} ({escape(finding.where[0])}{more})"
+        console.print(f"[yellow]{line}[/]" if finding.refused else line, soft_wrap=True)
+    for flag, which in (("minShapes", 0), ("optShapes", 1), ("maxShapes", 1)) if support.profiles else ():
+        sizes = ",".join(f"{name}:{'x'.join(map(str, both[which]))}" for name, both in support.profiles.items())
+        console.print(f"  --{flag}={escape(sizes)}", soft_wrap=True)
 
 
 def show_handoff(console: Console, found: HandOff, output: str) -> None:
