@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from onnxprune.errors import OnnxPruneError
+from onnxprune.gates import read_gates
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +38,11 @@ JSON = click.option("--json", "json_path", metavar="FILE", help="Write the resul
 QUIET = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors; prune then skips its benchmark.")
 VERBOSE = click.option("--verbose", "-v", is_flag=True, help="List every place of every group, and every fixed axis.")
 VERIFY = click.option("--verify/--no-verify", default=True, help="Prove the result on the model (on by default).")
+TARGET = click.option(
+    "--target",
+    metavar="cpu|tensorrt|cuda",
+    help="Where it will run: says --align group by group; tensorrt: also what it does not take of the model.",
+)
 CHOICE = options(
     click.option("--ratio", "-r", type=float, required=True, help="Share of the budget to remove, between 0 and 1."),
     click.option("--of", default="macs", show_default=True, metavar="macs|params|channels", help="Which budget."),
@@ -66,7 +72,7 @@ CHOICE = options(
         callback=lambda context, option, texts: read_align(texts),
         help="Widths of layers stay multiples of N; of layers with such a node or tensor name.",
     ),
-    click.option("--target", metavar="cpu|tensorrt|cuda", help="Where it will run: chooses --align group by group; tensorrt also checks."),
+    TARGET,
     ALLOW_IO,
 )
 
@@ -83,6 +89,14 @@ CALIBRATION = options(
         help="How what stays makes up for what went: refine, reconstruct, moments, update, mean, merge (data-free), none.",
     ),
     click.option("--steps", default=1, show_default=True, type=click.IntRange(1), help="Rounds of choosing and compensating."),
+)
+GATES = click.option(
+    "--fail-under",
+    "gates",
+    multiple=True,
+    metavar="FIGURE=LEAST[,…]",
+    callback=lambda context, option, texts: read_gates(texts),
+    help="Exit code 5 where it comes out lower: accuracy, speedup, agreement, cosine, macs, params, metric.",
 )
 PREPROCESS = click.option(
     "--preprocess",
