@@ -10,11 +10,14 @@ import onnx
 import pytest
 import test_op_rules
 from conftest import EVAL, MODELS
+from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import quantization
 from op_cases import Case, Weights
 from outside import covered, distance, permuted, run
 
 import onnxprune
+from onnxprune.benchmark import benchmark
+from onnxprune.evaluation import evaluate
 
 
 class Samples(quantization.CalibrationDataReader):  # type: ignore[misc]
@@ -162,3 +165,68 @@ def of_weights() -> Iterator[Case]:
 @pytest.mark.parametrize("case", [*operators(), *pools(), *of_weights()], ids=lambda case: case.name)
 def test_quantized_rule(case: Case) -> None:
     test_op_rules.test_rule(case)
+
+
+@pytest.mark.parametrize("how", ["qdq", "operators", "dynamic"])
+def test_quantized_weights_are_parameters(how: str, tmp_path: Path) -> None:
+    model = quantized("digits-mlp", how, True, tmp_path)
+    original = sum(int(np.prod(t.dims)) for t in onnx.load(MODELS / "digits-mlp.onnx").graph.initializer)
+    result = onnxprune.prune(model, 0.4, of="params", verify=False)
+    assert result.parameters[0] == pytest.approx(original, rel=0.03)  # biases became int32, scales came
+    weights = [sum(int(np.prod(t.dims)) for t in m.graph.initializer if len(t.dims) > 1) for m in (model, result.model)]
+    assert 1 - weights[1] / weights[0] == pytest.approx(0.4, abs=0.02)
+    onnx.save(result.model, tmp_path / "pruned.onnx")
+    assert benchmark([tmp_path / "pruned.onnx"], memory=False, seconds=0)[0].parameters == result.parameters[1]
+
+
+@pytest.mark.parametrize("name", ["digits-resnet", "digits-mlp", "digits-mobilenet", "digits-conv1d"])
+def test_a_pruned_model_can_be_quantized(name: str, tmp_path: Path) -> None:
+    """The order that docs/deployment.md recommends: prune with samples, then onnxruntime's static quantization."""
+    arrays = MODELS / EVAL[name].replace("eval", "calibration")
+    result = onnxprune.prune(MODELS / f"{name}.onnx", 0.3, calibration=arrays, samples=256, target="cpu")
+    onnx.save(result.model, tmp_path / "pruned.onnx")
+    quantization.quantize_static(tmp_path / "pruned.onnx", tmp_path / "both.onnx", Samples(arrays), per_channel=True)
+    both, data = onnx.load(tmp_path / "both.onnx"), np.load(MODELS / EVAL[name])
+    onnx.checker.check_model(both, full_check=True)
+    assert any(n.op_type == "QuantizeLinear" for n in both.graph.node)
+    found = evaluate(onnx.load(MODELS / f"{name}.onnx"), both, {k: data[k] for k in data.files})
+    assert found.before is not None
+    assert found.after is not None
+    assert found.after >= found.before - 0.05
+    sizes = [(tmp_path / file).stat().st_size for file in ("pruned.onnx", "both.onnx")]
+    assert sizes[1] < sizes[0]
+
+
+HALVES = {TensorProto.FLOAT16: np.float16, TensorProto.BFLOAT16: helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)}
+
+
+def narrowed(model: onnx.ModelProto, kind: int) -> onnx.ModelProto:
+    """Every float tensor and value in another type."""
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(HALVES[kind]), tensor.name))
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = kind
+    return model
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("kind", HALVES)
+def test_half_precision_is_pruned_in_its_own_type_by_scores_in_float32(kind: int, calibrated: bool) -> None:
+    source = onnx.load(MODELS / "digits-mobilenet.onnx")
+    wide = onnx.load(MODELS / "digits-mobilenet.onnx")
+    model = narrowed(source, kind)
+    for tensor in wide.graph.initializer:  # the same numbers as float32
+        if tensor.data_type == TensorProto.FLOAT:
+            half = numpy_helper.to_array(tensor).astype(HALVES[kind]).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+    data = np.load(MODELS / "digits-images.calibration.npz")["input"][:128]
+    results = [onnxprune.prune(one, 0.4, calibration={"input": data} if calibrated else None) for one in (model, wide)]
+    removed = [{g: units.tolist() for g, units in result.plan.remove.items()} for result in results]
+    assert removed[0] == removed[1]
+    assert {t.data_type for t in results[0].model.graph.initializer} == {t.data_type for t in model.graph.initializer}
+    assert results[0].on_budget
+    for a, b in zip(results[0].model.graph.initializer, results[1].model.graph.initializer, strict=True):
+        one, other = (numpy_helper.to_array(t).astype(np.float32) for t in (a, b))
+        assert np.linalg.norm(one - other) <= (0.05 if calibrated else 0) * np.linalg.norm(other)  # what is fitted is rounded as it goes
