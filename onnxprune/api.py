@@ -25,6 +25,7 @@ from onnxprune.grouping import Grouping, group, without
 from onnxprune.importer import Model, load
 from onnxprune.moves import Moves
 from onnxprune.plans import Plan, match, read_plan
+from onnxprune.quantized import Stored, counterparts, requantized, unquantized
 from onnxprune.reconstruction import Refit
 from onnxprune.rewriter import rewrite
 from onnxprune.rotation import Rotated, rotate
@@ -170,6 +171,16 @@ def prune(
     found = at_granularity(group(loaded, allow_io), granularity)
     grouping, proof, bench = _certified(found, feeds, seed, verify, progress)
     _some(grouping)
+    idle = set(proof.unexercised) if proof else set()
+    stored: Stored | None = None
+    whole = unquantized(loaded.proto) if criterion != PCA else None
+    if whole is not None:
+        inner = at_granularity(group(load(whole, feeds, loaded.input_shapes), allow_io), granularity)
+        numbers = counterparts(inner, grouping)
+        if numbers:  # choose and fit in floats; cut and prove what the file holds
+            stored = Stored(grouping, proof, bench, numbers)
+            idle = {i for i, own in numbers.items() if own in idle}
+            grouping, proof, bench = replace(inner, groups=tuple(g for g in inner.groups if g.id in numbers)), None, None
     study = Study(grouping, data, progress)
     rotated: Rotated | None = None
     if criterion == PCA:
@@ -181,7 +192,7 @@ def prune(
         grouping, proof, bench = _certified(at_granularity(group(turned, allow_io), granularity), feeds, seed, verify, progress)
         study = replace(study, grouping=grouping, known=rotated.scores_in(grouping), finish=rotated.rescaled)
     chosen, shares = may_go(grouping, scope, exclude, layer_ratios or {})
-    idle = set(proof.unexercised) if proof else set()
+    idle = idle if stored else set(proof.unexercised) if proof else set()
     if chosen and chosen <= idle:
         raise OnnxPruneError(f"{loaded.name}: these inputs exercise none of its groups, so nothing is proven; give --feeds that do", 3)
     chosen -= idle  # their coupling is not proven
@@ -233,7 +244,10 @@ def prune(
         made = Plan(grouping, choice.remove, options, choice.reached)
         try:
             result = _finish(made, proof, bench, abs(choice.reached - ratio) <= 0.01, progress)
-            return _for_target(_compensated(result, study, compensation, bench), loaded, target)
+            result = _compensated(result, study, compensation, bench)
+            if stored is not None:
+                result = _stored(result, stored, study)
+            return _for_target(result, loaded, target)
         except ProofError as error:
             failure = error
         _say(progress, f"planning again without {len(failure.groups)} groups")
@@ -432,6 +446,26 @@ def _compensated(result: Result, study: Study, name: str, bench: Bench | None) -
     original = result.plan.grouping.model.proto
     found = fidelity(original, [result.model, model], study.part(FEW))
     return replace(result, model=model, refits=tuple(refits), fidelity=(found[0], found[1]))
+
+
+def _stored(result: Result, stored: Stored, study: Study) -> Result:
+    """What was done to a copy in floats done to the file itself, proven on it, and quantized again.
+
+    Raises ProofError with the groups of the copy.
+    """
+    options, numbers = result.plan.options, stored.numbers
+    remove = {numbers[i]: units for i, units in result.plan.remove.items()}
+    made = Plan(stored.grouping, remove, options, result.reached)
+    try:
+        cut = _finish(made, stored.proof, stored.bench, result.on_budget, study.progress)
+    except ProofError as error:
+        raise ProofError(str(error), {i: error.groups[own] for i, own in numbers.items() if own in error.groups}) from error
+    original = stored.grouping.model.proto
+    model = requantized(result.model, original, cut.model)
+    if stored.bench is not None:
+        check_model(stored.bench, model, Moves(cut.plan.grouping, after=remove))
+    found = fidelity(original, [cut.model, model], study.part(FEW)) if result.fidelity else None
+    return replace(cut, model=model, refits=result.refits, fidelity=(found[0], found[1]) if found else None)
 
 
 def _for_target(result: Result, original: Model, target: str | None) -> Result:
