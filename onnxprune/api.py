@@ -191,7 +191,11 @@ def prune(
         turned = replace(load(rotated.model, feeds, loaded.input_shapes), name=loaded.name)
         grouping, proof, bench = _certified(at_granularity(group(turned, allow_io), granularity), feeds, seed, verify, progress)
         study = replace(study, grouping=grouping, known=rotated.scores_in(grouping), finish=rotated.rescaled)
-    chosen, shares = may_go(grouping, scope, exclude, layer_ratios or {})
+    named = stored.grouping if stored else grouping  # globs speak of the file's own names
+    chosen, shares = may_go(named, scope, exclude, layer_ratios or {})
+    if stored:
+        chosen = {i for i, own in stored.numbers.items() if own in chosen}
+        shares = {i: shares[own] for i, own in stored.numbers.items() if own in shares}
     idle = idle if stored else set(proof.unexercised) if proof else set()
     if chosen and chosen <= idle:
         raise OnnxPruneError(f"{loaded.name}: these inputs exercise none of its groups, so nothing is proven; give --feeds that do", 3)
@@ -200,7 +204,10 @@ def prune(
     if not chosen:
         raise OnnxPruneError(f"{loaded.name}: no group is left to prune; widen --scope or --exclude less", 3)
     _say(progress, f"scoring {len(chosen)} groups")
-    limits = [Limits(min_keep, steps) for steps in ladder(grouping, align, target)]
+    rungs = ladder(named, align, target)
+    if stored:
+        rungs = [{i: steps[own] for i, own in stored.numbers.items() if own in steps} for steps in rungs]
+    limits = [Limits(min_keep, steps) for steps in rungs]
 
     def widths(scores: Scores, rule: str, losses: Losses, share: float) -> Choice:
         return _choice(None, grouping, scores, {}, ratio * share, of, rule, limits, shares, losses)

@@ -305,3 +305,14 @@ def test_units_are_scored_by_what_integers_stand_for(tmp_path: Path) -> None:
     result = onnxprune.prune(tmp_path / "q.onnx", 0.5, of="channels", verify=False)
     (removed,) = result.plan.remove.values()
     assert removed.tolist() == list(range(0, 32, 2))
+
+
+def test_globs_speak_of_the_names_in_a_quantized_file(tmp_path: Path) -> None:
+    model = quantized("digits-mlp", "qdq", False, tmp_path)
+    before = {t.name: list(t.dims) for t in model.graph.initializer}
+    weights = [name for name, dims in before.items() if len(dims) == 2 and name.endswith("_quantized")]
+    result = onnxprune.prune(model, 0.2, exclude=[weights[1]], align={weights[0]: 32, "*": 8}, verify=False)
+    after = {t.name: list(t.dims) for t in result.model.graph.initializer}
+    assert after[weights[1]] == before[weights[1]]
+    assert any(after[name] != before[name] for name in weights)
+    assert after[weights[0]][0] % 32 == 0
