@@ -10,8 +10,8 @@ registered under a name; `choose` finds the strength that meets the budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -74,20 +74,38 @@ def names() -> list[str]:
     return sorted({*allocation.names(), *MEASURED})
 
 
+BINS = 2000
+LEVELS = 48
+POINT = 0.01  # of the budget
+
+
 @dataclass(frozen=True)
 class Limits:
-    """floor: units (or, below 1, the share) that each group keeps at least; align: kept units are a multiple of it."""
+    """floor: units (or, below 1, the share) that each group keeps at least; steps: {group: kept units are all or a multiple of it}."""
 
     floor: float = 0.1
-    align: int = 1
+    steps: Mapping[int, int] = field(default_factory=dict)
 
-    def kept(self, units: int, share: float) -> int:
+    def step(self, group: int) -> int:
+        return self.steps.get(group, 1)
+
+    def least(self, group: int, units: int) -> int:
+        """Units that a group keeps at least."""
+        floor = max(1, int(np.ceil(self.floor * units)) if self.floor < 1 else min(units, int(self.floor)))
+        return min(units, -(-floor // self.step(group)) * self.step(group))
+
+    def kept(self, group: int, units: int, share: float) -> int:
         """Units kept of a group when `share` of it is to go."""
-        least = max(1, int(np.ceil(self.floor * units)) if self.floor < 1 else min(units, int(self.floor)))
-        keep = round(units * (1 - share))
-        if self.align > 1 and keep < units:
-            keep = min(units, max(1, round(keep / self.align)) * self.align)
-        return min(units, max(least, keep))
+        keep, step = round(units * (1 - share)), self.step(group)
+        if keep < units:
+            keep = max(1, round(keep / step)) * step
+        return min(units, max(self.least(group, units), keep))
+
+    def levels(self, group: int, units: int) -> np.ndarray:
+        """The numbers of units that may go, ascending, LEVELS of them at most."""
+        kept = np.arange(self.least(group, units), units + 1)
+        gone = units - kept[(kept % self.step(group) == 0) | (kept == units)][::-1]
+        return np.asarray(gone[np.unique(np.linspace(0, len(gone) - 1, LEVELS).round().astype(int))])
 
 
 @dataclass(frozen=True)
@@ -143,12 +161,12 @@ def choose(
         if rule == "global":
             free = {g: s / price[g] if price[g] else np.full(len(s), np.inf) for g, s in free.items()}
         if losses is not None:
-            most = {g: units[g] - limits.kept(units[g], 1.0) for g in free}
-            parted = split({g: losses[g][: most[g] + 1] for g in free}, saved, strength)
+            levels = {g: limits.levels(g, units[g]) for g in free}
+            parted = split({g: losses[g][: levels[g][-1] + 1] for g in free}, saved, strength, levels)
             wanted = {g: n / units[g] for g, n in parted.items()} | shares
         else:
             wanted = (share_of(free, strength) if free and share_of else {}) | shares
-        return {g: limits.kept(units[g], wanted[g]) for g in wanted}
+        return {g: limits.kept(g, units[g], wanted[g]) for g in wanted}
 
     def reached(kept: Mapping[int, int]) -> float:
         return 1 - cost({**kept, **gone}) / whole if whole else 0.0
@@ -169,7 +187,7 @@ def choose(
             strong, high = middle, kept
         if low == high or abs(reached(high) - ratio) < 2e-4:
             break
-    best = _between(low, high, limits.align, lambda kept: reached(kept) - ratio)
+    best = _between(low, high, limits, lambda kept: reached(kept) - ratio)
     best = _nudge(best, units, limits, lambda kept: reached(kept) - ratio, set(only) - set(shares))
     remove = {b: np.zeros(1, np.int64) for b in cut}
     for g, keep in best.items():
@@ -185,14 +203,13 @@ def _savings(cost: Callable[[Mapping[int, int]], float], whole: float, group: in
     return np.interp(np.arange(units + 1), at, [1 - cost({group: units - int(n)}) / whole if whole else 0.0 for n in at])
 
 
-BINS = 2000
-LEVELS = 48
-
-
-def split(losses: Mapping[int, np.ndarray], saved: Mapping[int, np.ndarray], strength: float) -> dict[int, int]:
+def split(
+    losses: Mapping[int, np.ndarray], saved: Mapping[int, np.ndarray], strength: float, levels_of: Mapping[int, np.ndarray] | None = None
+) -> dict[int, int]:
     """Units to remove of each group so that `strength` of all that can be saved is, and the sum of the losses is least.
 
-    losses, saved: {group: at each number of units removed}.  Dynamic programming over what is saved, in BINS steps.
+    losses, saved: {group: at each number of units removed}; levels_of: the numbers to choose from, ascending from 0 to the last of
+    the losses, else LEVELS of all.  Dynamic programming over what is saved, in BINS steps.
     """
     if not losses:
         return {}
@@ -204,7 +221,7 @@ def split(losses: Mapping[int, np.ndarray], saved: Mapping[int, np.ndarray], str
     best[0] = 0.0
     taken: list[tuple[int, np.ndarray, np.ndarray]] = []
     for g, loss in losses.items():
-        levels = np.unique(np.linspace(0, len(loss) - 1, LEVELS).round().astype(int))
+        levels = levels_of[g] if levels_of else np.unique(np.linspace(0, len(loss) - 1, LEVELS).round().astype(int))
         choice = np.zeros(BINS + 1, np.int64)
         new = np.full(BINS + 1, np.inf)
         for i, level in enumerate(levels):
@@ -230,14 +247,14 @@ def split(losses: Mapping[int, np.ndarray], saved: Mapping[int, np.ndarray], str
 Kept = dict[int, int]
 
 
-def _between(low: Kept, high: Kept, align: int, miss: Callable[[Kept], float]) -> Kept:
+def _between(low: Kept, high: Kept, limits: Limits, miss: Callable[[Kept], float]) -> Kept:
     """Take groups over from low to high, one by one, the last of them in part, and stop where the budget is met best."""
     differ = [g for g in high if low.get(g) != high[g]]
     options = [low | {g: high[g] for g in differ[:k]} for k in _around(len(differ), lambda k: miss(low | {g: high[g] for g in differ[:k]}))]
     last = [g for g in differ if options[0].get(g) != options[-1][g]]
     if last and last[0] in low:  # many of its units may score alike
         group = last[0]
-        keep = [n for n in range(low[group] - 1, high[group], -1) if n % align == 0]
+        keep = [n for n in range(low[group] - 1, high[group], -1) if n % limits.step(group) == 0]
         parts = [options[0] | {group: n} for n in keep]
         options += [parts[k] for k in _around(len(parts) - 1, lambda k: miss(parts[k]))] if parts else []
     return min(options, key=lambda kept: abs(miss(kept)))
@@ -256,22 +273,50 @@ def _around(most: int, miss: Callable[[int], float]) -> tuple[int, int]:
 
 
 def _nudge(kept: Kept, units: Mapping[int, int], limits: Limits, miss: Callable[[Kept], float], free: set[int]) -> Kept:
-    """Single units more or less, while the budget is missed by more than a fifth of a point and a step helps."""
+    """A step more or less in single groups, or in two at once where steps are coarse, while the budget is missed by more than a
+    fifth of a point and it helps."""
     for _ in range(8):
         gap = miss(kept)
         if abs(gap) < 2e-3:
             break
-        step = limits.align if gap > 0 else -limits.align
-        options: list[Kept] = []
-        for g in sorted(free & set(kept))[:256]:
-            keep = kept[g] + step
-            if keep <= units[g] and keep >= limits.kept(units[g], 1.0):
-                options.append(kept | {g: keep})
+        moves = [(g, keep) for g in sorted(free & set(kept))[:256] for keep in _beside(kept[g], g, units[g], limits)]
+        ahead = [move for move in moves if (move[1] > kept[move[0]]) == (gap > 0)]
+        options: list[Kept] = [kept | {g: keep} for g, keep in ahead]
         closest = min(options, key=lambda k: abs(miss(k)), default=kept)
+        if limits.steps and abs(miss(closest)) >= 2e-3 and len(moves) > 1:
+            closest = min(closest, _both(kept, moves, miss), key=lambda k: abs(miss(k)))
         if abs(miss(closest)) >= abs(gap):
             break
         kept = closest
     return kept
+
+
+def _beside(keep: int, group: int, units: int, limits: Limits) -> list[int]:
+    """The next widths below and above."""
+    step = limits.step(group)
+    below, above = (keep - 1) // step * step, min(units, (keep // step + 1) * step)
+    return [n for n in (below, above) if n != keep and n >= limits.least(group, units)]
+
+
+def _both(kept: Kept, moves: Sequence[tuple[int, int]], miss: Callable[[Kept], float]) -> Kept:
+    """The two moves in different groups that should meet the budget best, as far as what they save adds up."""
+    gap = miss(kept)
+    effects = np.array([miss(kept | {g: keep}) - gap for g, keep in moves])
+    sums = np.abs(gap + effects[:, None] + effects[None])
+    numbers = np.array([g for g, _ in moves])
+    sums[numbers[:, None] == numbers[None]] = np.inf
+    first, second = np.unravel_index(int(np.argmin(sums)), sums.shape)
+    return kept | dict([moves[int(first)], moves[int(second)]])
+
+
+def nearest(choices: Iterable[Choice], ratio: float) -> Choice:
+    """The first choice that is within a point of the budget; the closest of all where none is."""
+    tried = []
+    for choice in choices:
+        tried.append(choice)
+        if abs(choice.reached - ratio) <= POINT:
+            return choice
+    return min(tried, key=lambda choice: abs(choice.reached - ratio))
 
 
 def check_ratio(ratio: float) -> float:

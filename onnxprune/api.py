@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from onnxprune.allocations import DISTORTION, Choice, Limits, check_allocation, check_budget, check_ratio, choose
+from onnxprune.allocations import DISTORTION, Choice, Limits, check_allocation, check_budget, check_ratio, choose, nearest
 from onnxprune.branches import with_branches
 from onnxprune.calibration import read_calibration
 from onnxprune.certificate import Bench, Proof, certify, prepare
@@ -25,12 +25,16 @@ from onnxprune.grouping import Grouping, group, without
 from onnxprune.importer import Model, load
 from onnxprune.moves import Moves
 from onnxprune.plans import Plan, match, read_plan
+from onnxprune.quantized import Stored, counterparts, requantized, unquantized
 from onnxprune.reconstruction import Refit
 from onnxprune.rewriter import rewrite
 from onnxprune.rotation import Rotated, rotate
 from onnxprune.scoping import may_go
 from onnxprune.selection import PCA, Losses, Scores, check_criterion, in_steps, select
 from onnxprune.study import Study
+from onnxprune.tensorrt import Support, check_introduced
+from onnxprune.tensorrt import check as supported
+from onnxprune.tiles import Align, check_align, ladder
 from onnxprune.verification import check_model, compare, prove_surgery
 
 Source = str | os.PathLike[str] | ModelProto
@@ -47,7 +51,7 @@ class Result:
     """A pruned model, the plan that made it, its proof (None without verification), and its costs before and after.
 
     refits: the layers that compensation fitted anew; fidelity: how near the outputs on calibration samples stay to the original's,
-    without compensation and with it.
+    without compensation and with it.  support: what TensorRT does not take of the original, where that is the target.
     macs, parameters: (before, after); reached: share of the budget that went; on_budget: within a point of what was asked.
     """
 
@@ -60,6 +64,7 @@ class Result:
     on_budget: bool
     refits: tuple[Refit, ...] = field(default=(), repr=False)
     fidelity: tuple[Fidelity, Fidelity] | None = field(default=None, repr=False)
+    support: Support | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -71,6 +76,7 @@ class Result:
             "proof": self.proof.to_json() if self.proof else None,
             "refits": [refit.to_json() for refit in self.refits],
             "fidelity": [found.to_json() for found in self.fidelity] if self.fidelity else None,
+            "support": self.support.to_json() if self.support else None,
         }
 
 
@@ -114,7 +120,8 @@ def prune(
     exclude: Sequence[str] = (),
     layer_ratios: Mapping[str, float] | None = None,
     min_keep: float = 0.1,
-    align: int = 1,
+    align: Align = 1,
+    target: str | None = None,
     allow_io: Sequence[str] = (),
     feeds: Arrays | None = None,
     input_shapes: Shapes | None = None,
@@ -134,7 +141,8 @@ def prune(
     before left and fitted.
     scope, exclude, layer_ratios: globs over node and tensor names.  min_keep: units (or, below 1, the share) that every
     group keeps, residual branches apart.  Groups that the inputs do
-    not exercise stay whole.  align: kept units are a multiple of it.  Deterministic for a seed.
+    not exercise stay whole.  align: widths that layers work on stay multiples of it, or {glob: number} for layers so named; target:
+    `cpu`, `tensorrt` or `cuda` chooses it for each group, as coarse as the group and the budget allow.  Deterministic for a seed.
 
     Raises OnnxPruneError for bad input (exit code 2), where nothing can be pruned (3) and where the proof fails (4).
 
@@ -156,14 +164,23 @@ def prune(
         raise OnnxPruneError(f"min-keep is {min_keep}; it is a share below 1 or a number of units, 0 at least")
     if steps < 1:
         raise OnnxPruneError(f"steps is {steps}; it is a number of rounds, 1 at least")
-    if align < 1:
-        raise OnnxPruneError(f"align is {align}; it is a number of units, 1 at least")
+    check_align(align, target)
     loaded = _load(model, feeds, input_shapes, progress)
     source = "none" if calibration is None else calibration
     data = read_calibration(source, loaded, preprocess=preprocess, limit=samples, seed=seed)
     found = at_granularity(group(loaded, allow_io), granularity)
     grouping, proof, bench = _certified(found, feeds, seed, verify, progress)
     _some(grouping)
+    idle = set(proof.unexercised) if proof else set()
+    stored: Stored | None = None
+    whole = unquantized(loaded.proto) if criterion != PCA else None
+    if whole is not None:
+        inner = at_granularity(group(load(whole, feeds, loaded.input_shapes), allow_io), granularity)
+        numbers = counterparts(inner, grouping)
+        if numbers:  # choose and fit in floats; cut and prove what the file holds
+            stored = Stored(grouping, proof, bench, numbers)
+            idle = {i for i, own in numbers.items() if own in idle}
+            grouping, proof, bench = replace(inner, groups=tuple(g for g in inner.groups if g.id in numbers)), None, None
     study = Study(grouping, data, progress, turns=compensation in TURNING)
     rotated: Rotated | None = None
     if criterion == PCA:
@@ -174,8 +191,12 @@ def prune(
         turned = replace(load(rotated.model, feeds, loaded.input_shapes), name=loaded.name)
         grouping, proof, bench = _certified(at_granularity(group(turned, allow_io), granularity), feeds, seed, verify, progress)
         study = replace(study, grouping=grouping, known=rotated.scores_in(grouping), finish=rotated.rescaled)
-    chosen, shares = may_go(grouping, scope, exclude, layer_ratios or {})
-    idle = set(proof.unexercised) if proof else set()
+    named = stored.grouping if stored else grouping  # globs speak of the file's own names
+    chosen, shares = may_go(named, scope, exclude, layer_ratios or {})
+    if stored:
+        chosen = {i for i, own in stored.numbers.items() if own in chosen}
+        shares = {i: shares[own] for i, own in stored.numbers.items() if own in shares}
+    idle = idle if stored else set(proof.unexercised) if proof else set()
     if chosen and chosen <= idle:
         raise OnnxPruneError(f"{loaded.name}: these inputs exercise none of its groups, so nothing is proven; give --feeds that do", 3)
     chosen -= idle  # their coupling is not proven
@@ -183,7 +204,10 @@ def prune(
     if not chosen:
         raise OnnxPruneError(f"{loaded.name}: no group is left to prune; widen --scope or --exclude less", 3)
     _say(progress, f"scoring {len(chosen)} groups")
-    limits = Limits(min_keep, align)
+    rungs = ladder(named, align, target)
+    if stored:
+        rungs = [{i: steps[own] for i, own in stored.numbers.items() if own in steps} for steps in rungs]
+    limits = [Limits(min_keep, steps) for steps in rungs]
 
     def widths(scores: Scores, rule: str, losses: Losses, share: float) -> Choice:
         return _choice(None, grouping, scores, {}, ratio * share, of, rule, limits, shares, losses)
@@ -213,7 +237,8 @@ def prune(
         "exclude": list(exclude),
         "layer_ratios": dict(layer_ratios or {}),
         "min_keep": min_keep,
-        "align": align,
+        "align": align if isinstance(align, int) else dict(align),
+        "target": target,
         "allow_io": list(allow_io),
         "seed": seed,
         "input_shapes": {k: list(v) for k, v in loaded.input_shapes.items()},
@@ -226,7 +251,10 @@ def prune(
         made = Plan(grouping, choice.remove, options, choice.reached)
         try:
             result = _finish(made, proof, bench, abs(choice.reached - ratio) <= 0.01, progress)
-            return _compensated(result, study, compensation, bench)
+            result = _compensated(result, study, compensation, bench)
+            if stored is not None:
+                result = _stored(result, stored, study)
+            return _for_target(result, loaded, target)
         except ProofError as error:
             failure = error
         _say(progress, f"planning again without {len(failure.groups)} groups")
@@ -240,7 +268,7 @@ def prune(
         raise failure
     if not scores:
         raise OnnxPruneError(f"{loaded.name}: to cut none of its branches is closest to {ratio:.1%} of {of}; ask for more", 3)
-    raise OnnxPruneError(f"{loaded.name}: nothing can go within --min-keep {min_keep:g} and --align {align}; ask for less of them", 3)
+    raise OnnxPruneError(f"{loaded.name}: nothing can go within --min-keep {min_keep:g} and the alignment; ask for less of them", 3)
 
 
 def apply(
@@ -367,7 +395,7 @@ def _choice(
     ratio: float,
     of: str,
     rule: str,
-    limits: Limits,
+    limits: Sequence[Limits],
     shares: Mapping[int, float],
     losses: Losses = None,
 ) -> Choice:
@@ -377,7 +405,8 @@ def _choice(
         dead = Cuts(grouping).dead(cut)
         alive = {g.id for g in grouping.groups if not dead or any(m.tensor not in dead for m in g.members)}
         left = {g: s for g, s in scores.items() if g in alive}
-        return choose(grouping, left, ratio, of, rule, limits, {g: shares[g] for g in left if g in shares}, cut, losses)
+        given = {g: shares[g] for g in left if g in shares}
+        return nearest((choose(grouping, left, ratio, of, rule, limit, given, cut, losses) for limit in limits), ratio)
 
     if not lost or bench is None:
         return widths()
@@ -424,6 +453,34 @@ def _compensated(result: Result, study: Study, name: str, bench: Bench | None) -
     original = result.plan.grouping.model.proto
     found = fidelity(original, [result.model, model], study.part(FEW))
     return replace(result, model=model, refits=tuple(refits), fidelity=(found[0], found[1]))
+
+
+def _stored(result: Result, stored: Stored, study: Study) -> Result:
+    """What was done to a copy in floats done to the file itself, proven on it, and quantized again.
+
+    Raises ProofError with the groups of the copy.
+    """
+    options, numbers = result.plan.options, stored.numbers
+    remove = {numbers[i]: units for i, units in result.plan.remove.items()}
+    made = Plan(stored.grouping, remove, options, result.reached)
+    try:
+        cut = _finish(made, stored.proof, stored.bench, result.on_budget, study.progress)
+    except ProofError as error:
+        raise ProofError(str(error), {i: error.groups[own] for i, own in numbers.items() if own in error.groups}) from error
+    original = stored.grouping.model.proto
+    model = requantized(result.model, original, cut.model)
+    if stored.bench is not None:
+        check_model(stored.bench, model, Moves(cut.plan.grouping, after=remove))
+    found = fidelity(original, [cut.model, model], study.part(FEW)) if result.fidelity else None
+    return replace(cut, model=model, refits=result.refits, fidelity=(found[0], found[1]) if found else None)
+
+
+def _for_target(result: Result, original: Model, target: str | None) -> Result:
+    """The result with what TensorRT does not take of the original; raises OnnxPruneError (exit code 4) where pruning adds to that."""
+    if target != "tensorrt":
+        return result
+    check_introduced(original.proto, result.model)
+    return replace(result, support=supported(original))
 
 
 def _finish(made: Plan, proof: Proof | None, bench: Bench | None, on_budget: bool, progress: Progress | None) -> Result:

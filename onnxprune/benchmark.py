@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 Feeds = dict[str, np.ndarray]
 Run = Callable[[], object]
-_FLOATS = (1, 10, 11, 16)  # TensorProto's FLOAT, FLOAT16, DOUBLE, BFLOAT16
 
 
 @dataclass(frozen=True)
@@ -158,6 +157,8 @@ def _load(file: str) -> tuple[ModelProto, int, int]:
     """The model without its external data, its parameters, and the bytes of the file and its external data."""
     import onnx
 
+    from onnxprune.cost import is_parameter
+
     try:
         model = onnx.load(file, format="protobuf", load_external_data=False)
         tensors = [found for body in (model.graph, *model.functions) for found in _tensors(body)]
@@ -167,7 +168,7 @@ def _load(file: str) -> tuple[ModelProto, int, int]:
     except Exception as error:  # protobuf's own error classes differ between its versions
         line = (str(error).strip() or repr(error)).splitlines()[0]
         raise OnnxPruneError(f"{file}: not a readable ONNX model ({line}); check the path and its data") from error
-    parameters = sum(math.prod(t.dims) for t, constant in tensors if constant and t.data_type in _FLOATS)
+    parameters = sum(math.prod(t.dims) for t, constant in tensors if constant and is_parameter(t))
     return model, parameters, size
 
 

@@ -20,11 +20,13 @@ from onnxprune.options import (
     CHOICE,
     EVALUATION,
     FEEDS,
+    GATES,
     JSON,
     MODEL,
     PREPROCESS,
     QUIET,
     SEED,
+    TARGET,
     VERBOSE,
     VERIFY,
     options,
@@ -109,7 +111,7 @@ def main() -> None:
     `onnxprune MODEL …` is short for `onnxprune prune MODEL …`.
 
     Exit codes: 0 done; 2 bad input or usage; 3 nothing to prune (nothing written), or the budget is out of reach (the
-    closest is written); 4 the proof failed (nothing written).
+    closest is written); 4 the proof failed (nothing written); 5 a figure is below --fail-under (the model is written).
     """
 
 
@@ -122,6 +124,7 @@ def main() -> None:
     FEEDS,
     SEED,
     EVALUATION,
+    GATES,
     PREPROCESS,
     click.option("--plan-out", metavar="FILE", help="Write the plan too."),
     VERIFY,
@@ -138,6 +141,7 @@ def prune(
     shapes: tuple[str, ...],
     evaluation: str | None,
     metric: str | None,
+    gates: dict[str, float],
     preprocess: str | None,
     plan_out: str | None,
     provider: str,
@@ -156,11 +160,13 @@ def prune(
     from onnxprune import api
     from onnxprune.allocations import check_budget, check_ratio
     from onnxprune.depth import check_granularity
+    from onnxprune.gates import MISSED, check_known, judged
     from onnxprune.writing import check_apart, check_target, write_model, write_text
 
     check_ratio(ratio)
     check_budget(chosen["of"])
     check_granularity(chosen["granularity"])
+    check_known(gates, evaluation, metric, chosen["calibration"])
     source = Path(model)
     target = check_target(output or source.with_name(f"{source.stem}-pruned.onnx"), source)
     check_apart(model, target, plan_out, json_path, feeds, evaluation)
@@ -190,9 +196,12 @@ def prune(
         write_model(result.model, target)
         if plan_out:
             write_text(json.dumps(result.plan.to_json()), plan_out)
-        measured = [] if quiet else _measure([model, str(target)], result, given, provider, say)
+        timed = not quiet or "speedup" in gates
+        measured = _measure([model, str(target)], result, given, provider, say) if timed else []
     content = {"model": model, "output": str(target), **result.to_json()}
     content |= {"evaluation": accuracy.to_json() if accuracy else None, "benchmark": [m.to_json() for m in measured]}
+    passed = judged(gates, result, accuracy, measured)
+    content |= {"gates": [gate.to_json() for gate in passed]}
     _write_json(content, json_path)
     if not quiet and json_path != "-":
         from onnxprune import report
@@ -204,6 +213,8 @@ def prune(
         if verbose:
             report.show_places(console, result.plan.grouping)
         report.show_proof(console, result.proof)
+        if result.support:
+            report.show_support(console, result.support)
         if result.fidelity:
             report.show_compensation(console, result)
         if accuracy:
@@ -215,8 +226,11 @@ def prune(
         _complain(
             f"the budget is out of reach: {result.reached:.1%} of {chosen['of']} went, {ratio:.1%} was asked; {target} is the closest"
         )
-        return 3
-    return 0
+    missed = [gate for gate in passed if not gate.passed]
+    if missed:
+        _complain(f"--fail-under: {'; '.join(map(str, missed))}; {target} is written all the same")
+        return MISSED
+    return 0 if result.on_budget else 3
 
 
 def _evaluator(
@@ -271,13 +285,14 @@ def _macs(model: Any) -> int:
 
 @main.command()
 @MODEL
-@options(FEEDS, SEED, ALLOW_IO, VERIFY, JSON, QUIET, VERBOSE)
+@options(FEEDS, SEED, ALLOW_IO, TARGET, VERIFY, JSON, QUIET, VERBOSE)
 def groups(
     model: str,
     feeds: str | None,
     shapes: tuple[str, ...],
     seed: int,
     allow_io: tuple[str, ...],
+    target: str | None,
     verify: bool,
     json_path: str | None,
     quiet: bool,
@@ -288,23 +303,28 @@ def groups(
     \b
     onnxprune groups model.onnx
     onnxprune groups model.onnx --json groups.json
+    onnxprune groups model.onnx --target tensorrt      what TensorRT does not take of it, too
     """
     from onnxprune.api import why_not
     from onnxprune.branches import with_branches
     from onnxprune.certificate import certify
     from onnxprune.grouping import group
     from onnxprune.importer import load
+    from onnxprune.tensorrt import check
+    from onnxprune.tiles import check_align
     from onnxprune.writing import check_target
 
     if json_path and json_path != "-":
         check_target(json_path, model)
+    check_align(1, target)
     given = read_feeds(feeds)
     with _progress(quiet) as say:
         say("reading the model")
         found, proof = with_branches(group(load(model, given, read_shapes(shapes)), allow_io)), None
         if verify and found.groups:
             found, proof, _ = certify(found, given, seed, progress=say)
-    _write_json(found.to_json(), json_path)
+    support = check(found.model) if target == "tensorrt" else None
+    _write_json(found.to_json() | ({"support": support.to_json()} if support else {}), json_path)
     if not quiet and json_path != "-":
         from onnxprune import report
 
@@ -313,6 +333,8 @@ def groups(
             report.show_places(_console(), found)
         if proof:
             report.show_proof(_console(), proof)
+        if support:
+            report.show_support(_console(), support)
     if not found.groups:
         _complain(f"{Path(model).name}: nothing can be pruned ({why_not(found)})")
         return 3

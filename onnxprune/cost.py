@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from onnx import GraphProto, NodeProto
+from onnx import GraphProto, NodeProto, TensorProto
 
 from onnxprune import layouts
 from onnxprune.folding import attributes
@@ -86,6 +86,12 @@ def _terms(model: Model, nodes: Iterable[NodeProto]) -> list[Term]:
     return terms
 
 
+NARROW = frozenset(
+    (
+        *(TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1),
+        *(TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E4M3FNUZ, TensorProto.FLOAT8E5M2, TensorProto.FLOAT8E5M2FNUZ),
+    )
+)
 ALIKE = {  # onnxruntime's own operators that compute the products of another
     **dict.fromkeys(("FusedConv", "NhwcConv", "NhwcFusedConv"), "Conv"),
     **dict.fromkeys(("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits"), "MatMul"),
@@ -113,10 +119,15 @@ def attention_products(site: Site) -> list[tuple[float, tuple[Axis, ...]]]:
 
 
 def parameter_terms(model: Model) -> list[Term]:
-    """Elements of every float initializer and Constant, those in bodies included."""
+    """Elements of every float initializer and Constant and of every quantized weight, those in bodies included."""
     hosts = {name: _named(node) for node in model.main for graph in subgraphs(node) for name in _made(graph)}
-    floats = ((name, tensor) for name, tensor in model.tensors.items() if tensor.data_type in FLOATS and name not in model.copies)
-    return [(1, tuple((name, i) for i in range(len(tensor.dims))), hosts.get(name, name)) for name, tensor in floats]
+    counted = ((name, tensor) for name, tensor in model.tensors.items() if is_parameter(tensor) and name not in model.copies)
+    return [(1, tuple((name, i) for i in range(len(tensor.dims))), hosts.get(name, name)) for name, tensor in counted]
+
+
+def is_parameter(tensor: TensorProto) -> bool:
+    """Floats, and what has 8 bits or less and more than one axis, as quantized weights have."""
+    return tensor.data_type in FLOATS or (tensor.data_type in NARROW and len(tensor.dims) > 1)
 
 
 def _made(graph: GraphProto) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from onnxprune.errors import OnnxPruneError
+from onnxprune.gates import read_gates
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +38,11 @@ JSON = click.option("--json", "json_path", metavar="FILE", help="Write the resul
 QUIET = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors; prune then skips its benchmark.")
 VERBOSE = click.option("--verbose", "-v", is_flag=True, help="List every place of every group, and every fixed axis.")
 VERIFY = click.option("--verify/--no-verify", default=True, help="Prove the result on the model (on by default).")
+TARGET = click.option(
+    "--target",
+    metavar="cpu|tensorrt|cuda",
+    help="Where it will run: says --align group by group; tensorrt: also what it does not take of the model.",
+)
 CHOICE = options(
     click.option("--ratio", "-r", type=float, required=True, help="Share of the budget to remove, between 0 and 1."),
     click.option("--of", default="macs", show_default=True, metavar="macs|params|channels", help="Which budget."),
@@ -59,7 +65,14 @@ CHOICE = options(
         help="Such layers lose this share of units.",
     ),
     click.option("--min-keep", default=0.1, show_default=True, help="Least that a group keeps: a share below 1, or a number of units."),
-    click.option("--align", default=1, show_default=True, help="Keep multiples of this many units."),
+    click.option(
+        "--align",
+        multiple=True,
+        metavar="[GLOB=]N",
+        callback=lambda context, option, texts: read_align(texts),
+        help="Widths of layers stay multiples of N; of layers with such a node or tensor name.",
+    ),
+    TARGET,
     ALLOW_IO,
 )
 
@@ -77,6 +90,14 @@ CALIBRATION = options(
     ),
     click.option("--steps", default=1, show_default=True, type=click.IntRange(1), help="Rounds of choosing and compensating."),
 )
+GATES = click.option(
+    "--fail-under",
+    "gates",
+    multiple=True,
+    metavar="FIGURE=LEAST[,…]",
+    callback=lambda context, option, texts: read_gates(texts),
+    help="Exit code 5 where it comes out lower: accuracy, speedup, agreement, cosine, macs, params, metric.",
+)
 PREPROCESS = click.option(
     "--preprocess",
     metavar="SPEC",
@@ -91,6 +112,18 @@ EVALUATION = options(
     ),
     click.option("--metric", metavar="MODULE:FUNCTION", help="Your own metric on them: function(outputs, data) -> float."),
 )
+
+
+def read_align(texts: tuple[str, ...]) -> int | dict[str, int]:
+    """A number of units for all layers, or {glob: number}, `*` being the rest."""
+    found: dict[str, int] = {}
+    for text in texts:
+        pattern, _, number = text.rpartition("=")
+        try:
+            found[pattern or "*"] = int(number)
+        except ValueError:
+            raise OnnxPruneError(f"--align '{text}': write it as a number of units, such as 8, or as 'GLOB=8'") from None
+    return found.get("*", 1) if found.keys() <= {"*"} else found
 
 
 def read_feeds(path: str | None) -> dict[str, np.ndarray] | None:

@@ -16,6 +16,8 @@ from onnxprune.certificate import Proof
 from onnxprune.evaluation import Evaluation
 from onnxprune.grouping import Group, Grouping
 from onnxprune.handoff import HandOff
+from onnxprune.tensorrt import Support
+from onnxprune.tensorrt_operators import VERSION
 
 
 def _table(*columns: tuple[str, str]) -> Table:
@@ -133,10 +135,11 @@ def _some(ids: Sequence[int]) -> str:
 def hint_alignment(console: Console, measured: Sequence[Measurement], result: Result) -> None:
     """Say what to do where the pruned model is not as much faster as it is smaller."""
     before, after = measured[0].latency_median_s, measured[1].latency_median_s
-    if result.plan.options.get("align") == 1 and after > 0.9 * before:
+    given = result.plan.options
+    if given.get("align") == 1 and given.get("target") is None and after > 0.9 * before:
         what = "slower" if after > before else "hardly faster"
         console.print(
-            f"[yellow]smaller, but {what}: fast kernels want widths that are multiples of 8 or 16; try --align 8 or --align 16[/]"
+            f"[yellow]smaller, but {what}: fast kernels want widths that are multiples of 8 or 16; try --target cpu (or cuda, tensorrt)[/]"
         )
 
 
@@ -177,6 +180,20 @@ def show_evaluation(console: Console, found: Evaluation) -> None:
         table.add_row(escape(output.output), *("–" if value is None else form.format(value) for value, form in row))
     if table.row_count:
         console.print(table)
+
+
+def show_support(console: Console, support: Support) -> None:
+    """What TensorRT does not take of a model, by its table of operators, and the profiles that it needs."""
+    say = "does not take" if support.refused else "should take all of it"
+    console.print(f"TensorRT {VERSION}, by its table of operators: {'[yellow]' if support.refused else ''}{say}")
+    for finding in (*support.refused, *support.notes):
+        more = f" and {len(finding.where) - 1} more" if len(finding.where) > 1 else ""
+        subject = escape(": ".join(text for text in (finding.op, finding.reason) if text))
+        line = f"  {subject} ({escape(finding.where[0])}{more})"
+        console.print(f"[yellow]{line}[/]" if finding.refused else line, soft_wrap=True)
+    for flag, which in (("minShapes", 0), ("optShapes", 1), ("maxShapes", 1)) if support.profiles else ():
+        sizes = ",".join(f"{name}:{'x'.join(map(str, both[which]))}" for name, both in support.profiles.items())
+        console.print(f"  --{flag}={escape(sizes)}", soft_wrap=True)
 
 
 def show_handoff(console: Console, found: HandOff, output: str) -> None:

@@ -32,6 +32,12 @@ def may_go(
     return chosen, shares
 
 
+def matched(grouping: Grouping, patterns: Sequence[str], option: str) -> dict[str, set[int]]:
+    """For each glob the groups that it matches; raises OnnxPruneError for one that matches nothing in the model."""
+    names = _names(grouping) if patterns else {}
+    return {pattern: _matching(names, [pattern], option, grouping.model) for pattern in patterns}
+
+
 def _names(grouping: Grouping) -> dict[int, set[str]]:
     """For each group its tensors and the nodes that read them; for a residual branch all that is in it, and its Add."""
     readers: dict[str, set[str]] = {}

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import MODELS
-from outside import build
+from outside import Weight, build
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -59,7 +59,8 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     if page == "calibration.md":  # of pictures
         body = "h = Conv <pads=[1,1,1,1]> (input, a) r = Relu (h) p = GlobalAveragePool (r) f = Flatten (p) logits = Gemm (f, b, c)"
         onnx.save(
-            build("float[N,3,224,224] input", body, "float logits", {"a": (10, 3, 3, 3), "b": (10, 10), "c": (10,)}), tmp_path / "model.onnx"
+            build("float[N,3,224,224] input", body, "float logits", {"a": (10, 3, 3, 3), "b": (10, 10), "c": (10,)}),
+            tmp_path / "model.onnx",
         )
         rng = np.random.default_rng(0)
         np.savez(tmp_path / "pixels.npz", input=rng.integers(0, 256, (8, 3, 224, 224)).astype(np.uint8))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import test_op_rules
 from conftest import EVAL, MODELS
+from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import quantization
 from op_cases import Case, Weights
-from outside import covered, distance, permuted, run
+from outside import build, covered, distance, permuted, run
 
 import onnxprune
+from onnxprune.benchmark import benchmark
+from onnxprune.evaluation import evaluate
 
 
 class Samples(quantization.CalibrationDataReader):  # type: ignore[misc]
@@ -162,3 +167,152 @@ def of_weights() -> Iterator[Case]:
 @pytest.mark.parametrize("case", [*operators(), *pools(), *of_weights()], ids=lambda case: case.name)
 def test_quantized_rule(case: Case) -> None:
     test_op_rules.test_rule(case)
+
+
+@pytest.mark.parametrize("how", ["qdq", "operators", "dynamic"])
+def test_quantized_weights_are_parameters(how: str, tmp_path: Path) -> None:
+    model = quantized("digits-mlp", how, True, tmp_path)
+    original = sum(int(np.prod(t.dims)) for t in onnx.load(MODELS / "digits-mlp.onnx").graph.initializer)
+    result = onnxprune.prune(model, 0.4, of="params", verify=False)
+    assert result.parameters[0] == pytest.approx(original, rel=0.03)  # biases became int32, scales came
+    weights = [sum(int(np.prod(t.dims)) for t in m.graph.initializer if len(t.dims) > 1) for m in (model, result.model)]
+    assert 1 - weights[1] / weights[0] == pytest.approx(0.4, abs=0.02)
+    onnx.save(result.model, tmp_path / "pruned.onnx")
+    assert benchmark([tmp_path / "pruned.onnx"], memory=False, seconds=0)[0].parameters == result.parameters[1]
+
+
+@pytest.mark.parametrize("name", ["digits-resnet", "digits-mlp", "digits-mobilenet", "digits-conv1d"])
+def test_a_pruned_model_can_be_quantized(name: str, tmp_path: Path) -> None:
+    """The order that docs/deployment.md recommends: prune with samples, then onnxruntime's static quantization."""
+    arrays = MODELS / EVAL[name].replace("eval", "calibration")
+    result = onnxprune.prune(MODELS / f"{name}.onnx", 0.3, calibration=arrays, samples=256, target="cpu")
+    onnx.save(result.model, tmp_path / "pruned.onnx")
+    quantization.quantize_static(tmp_path / "pruned.onnx", tmp_path / "both.onnx", Samples(arrays), per_channel=True)
+    both, data = onnx.load(tmp_path / "both.onnx"), np.load(MODELS / EVAL[name])
+    onnx.checker.check_model(both, full_check=True)
+    assert any(n.op_type == "QuantizeLinear" for n in both.graph.node)
+    found = evaluate(onnx.load(MODELS / f"{name}.onnx"), both, {k: data[k] for k in data.files})
+    assert found.before is not None
+    assert found.after is not None
+    assert found.after >= found.before - 0.05
+    sizes = [(tmp_path / file).stat().st_size for file in ("pruned.onnx", "both.onnx")]
+    assert sizes[1] < sizes[0]
+
+
+HALVES = {TensorProto.FLOAT16: np.float16, TensorProto.BFLOAT16: helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)}
+
+
+def narrowed(model: onnx.ModelProto, kind: int) -> onnx.ModelProto:
+    """Every float tensor and value in another type."""
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(HALVES[kind]), tensor.name))
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = kind
+    return model
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("kind", HALVES)
+def test_half_precision_is_pruned_in_its_own_type_by_scores_in_float32(kind: int, calibrated: bool) -> None:
+    source = onnx.load(MODELS / "digits-mobilenet.onnx")
+    wide = onnx.load(MODELS / "digits-mobilenet.onnx")
+    model = narrowed(source, kind)
+    for tensor in wide.graph.initializer:  # the same numbers as float32
+        if tensor.data_type == TensorProto.FLOAT:
+            half = numpy_helper.to_array(tensor).astype(HALVES[kind]).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+    data = np.load(MODELS / "digits-images.calibration.npz")["input"][:128]
+    results = [onnxprune.prune(one, 0.4, calibration={"input": data} if calibrated else None) for one in (model, wide)]
+    removed = [{g: units.tolist() for g, units in result.plan.remove.items()} for result in results]
+    assert removed[0] == removed[1]
+    assert {t.data_type for t in results[0].model.graph.initializer} == {t.data_type for t in model.graph.initializer}
+    assert results[0].on_budget
+    flat = [[numpy_helper.to_array(t).astype(np.float32).ravel() for t in result.model.graph.initializer] for result in results]
+    one, other = (np.concatenate(arrays) for arrays in flat)
+    assert np.linalg.norm(one - other) <= (0.05 if calibrated else 0) * np.linalg.norm(other)  # what is fitted is rounded as it goes
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "asymmetric": {},
+    "by channel": {"per_channel": True},
+    "symmetric by channel": {
+        "per_channel": True,
+        "activation_type": quantization.QuantType.QInt8,
+        "extra_options": {"ActivationSymmetric": True, "QuantizeBias": False},
+    },
+    "unsigned": {"weight_type": quantization.QuantType.QUInt8, "activation_type": quantization.QuantType.QUInt8},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["digits-resnet", "digits-mobilenet", "digits-mlp"])
+def test_quantized_weights_are_fitted_and_quantized_again(name: str, form: str, tmp_path: Path) -> None:
+    arrays = MODELS / EVAL[name].replace("eval", "calibration")
+    (tmp_path / "model.onnx").write_bytes((MODELS / f"{name}.onnx").read_bytes())
+    quantization.quantize_static(tmp_path / "model.onnx", tmp_path / "q.onnx", Samples(arrays), **FORMS[form])
+    model, data = onnx.load(tmp_path / "q.onnx"), np.load(MODELS / EVAL[name])
+    result = onnxprune.prune(model, 0.4, calibration=arrays, samples=256)
+    assert result.on_budget
+    assert result.proof is not None
+    assert result.refits
+    found = evaluate(model, result.model, {k: data[k] for k in data.files})
+    assert found.before is not None
+    assert found.after is not None
+    assert found.after >= found.before - 0.05
+    nodes = [Counter(n.op_type for n in m.graph.node if n.op_type != "Constant") for m in (model, result.model)]
+    added = nodes[1] - nodes[0]
+    assert added.keys() <= {"DequantizeLinear"}  # of biases that layers did not have
+    assert not nodes[0] - nodes[1]
+    types = [{t.name: t.data_type for t in m.graph.initializer} for m in (model, result.model)]
+    new = {name: kind for name, kind in types[1].items() if types[0].get(name) != kind}
+    assert len(new) == 3 * added["DequantizeLinear"] or FORMS[form].get("extra_options", {}).get("QuantizeBias") is False
+    onnx.checker.check_model(result.model, full_check=True)
+    content = result.plan.to_json()  # speaks of the file's own tensors
+    assert {m["tensor"] for g in content["groups"] for m in g["members"]} <= types[0].keys()
+    again = onnxprune.apply(model, result.plan, verify=True)
+    shapes = [{t.name: list(t.dims) for t in m.graph.initializer} for m in (again.model, result.model)]
+    assert all(shapes[1][name] == shape for name, shape in shapes[0].items())
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_integers_that_no_fit_changes_stay_as_they_are(per_channel: bool, tmp_path: Path) -> None:
+    model = quantized("digits-resnet", "qdq", per_channel, tmp_path)
+    result = onnxprune.prune(model, 0.4)
+    alone = onnxprune.apply(model, result.plan)
+    arrays = [{t.name: numpy_helper.to_array(t) for t in m.graph.initializer} for m in (result.model, alone.model)]
+    assert arrays[0].keys() == arrays[1].keys()
+    assert all(np.array_equal(arrays[0][name], arrays[1][name]) for name in arrays[0])
+
+
+def test_units_are_scored_by_what_integers_stand_for(tmp_path: Path) -> None:
+    """By channel, all integers are as large: only with their scales do they say which channels are small."""
+    rng = np.random.default_rng(0)
+    sizes = np.where(np.arange(32) % 2, 1.0, 0.01).astype(np.float32)
+    u = rng.standard_normal((32, 16)).astype(np.float32) * sizes[:, None]
+    weights: dict[str, Any] = {"u": u, "v": rng.standard_normal((4, 32)).astype(np.float32), "a": np.zeros(32, np.float32)}
+    model = build("float[N, 16] x", "h = Gemm<transB=1>(x, u, a) r = Tanh(h) y = Gemm<transB=1>(r, v)", "float[N, 4] y", weights)
+    onnx.save(model, tmp_path / "model.onnx")
+
+    class Noise(quantization.CalibrationDataReader):  # type: ignore[misc]
+        batches = iter([{"x": rng.standard_normal((64, 16)).astype(np.float32)}])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.batches, None)
+
+    quantization.quantize_static(tmp_path / "model.onnx", tmp_path / "q.onnx", Noise(), per_channel=True)
+    result = onnxprune.prune(tmp_path / "q.onnx", 0.5, of="channels", verify=False)
+    (removed,) = result.plan.remove.values()
+    assert removed.tolist() == list(range(0, 32, 2))
+
+
+def test_globs_speak_of_the_names_in_a_quantized_file(tmp_path: Path) -> None:
+    model = quantized("digits-mlp", "qdq", False, tmp_path)
+    before = {t.name: list(t.dims) for t in model.graph.initializer}
+    weights = [name for name, dims in before.items() if len(dims) == 2 and name.endswith("_quantized")]
+    result = onnxprune.prune(model, 0.2, exclude=[weights[1]], align={weights[0]: 32, "*": 8}, verify=False)
+    after = {t.name: list(t.dims) for t in result.model.graph.initializer}
+    assert after[weights[1]] == before[weights[1]]
+    assert any(after[name] != before[name] for name in weights)
+    assert after[weights[0]][0] % 32 == 0
