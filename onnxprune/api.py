@@ -10,19 +10,20 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from onnxprune.allocations import DISTORTION, Choice, Limits, check_allocation, check_budget, check_ratio, choose
+from onnxprune.allocations import DISTORTION, LATENCY, Choice, Limits, check_allocation, check_budget, check_ratio, choose
 from onnxprune.branches import with_branches
 from onnxprune.calibration import read_calibration
 from onnxprune.certificate import Bench, Proof, certify, prepare
 from onnxprune.compensation import check_compensation
 from onnxprune.compensation import compensation as compensations
-from onnxprune.cost import Cuts, counter
+from onnxprune.cost import Cuts, Measure, counter
 from onnxprune.depth import Blocks, at_granularity, check_granularity, mixed
 from onnxprune.equivalence import influences
 from onnxprune.errors import OnnxPruneError, ProofError
 from onnxprune.fidelity import Fidelity, fidelity
 from onnxprune.grouping import Grouping, group, without
 from onnxprune.importer import Model, load
+from onnxprune.latency import land, learned, met
 from onnxprune.moves import Moves
 from onnxprune.plans import Plan, match, read_plan
 from onnxprune.reconstruction import Refit
@@ -30,6 +31,8 @@ from onnxprune.rewriter import rewrite
 from onnxprune.rotation import Rotated, rotate
 from onnxprune.scoping import may_go
 from onnxprune.selection import PCA, Losses, Scores, check_criterion, in_steps, select
+from onnxprune.shapes import seeded_feeds
+from onnxprune.stopwatch import Stopwatch, Timer, check_device
 from onnxprune.study import Study
 from onnxprune.verification import check_model, compare, prove_surgery
 
@@ -48,7 +51,8 @@ class Result:
 
     refits: the layers that compensation fitted anew; fidelity: how near the outputs on calibration samples stay to the original's,
     without compensation and with it.
-    macs, parameters: (before, after); reached: share of the budget that went; on_budget: within a point of what was asked.
+    macs, parameters: (before, after); reached: share of the budget that went; on_budget: within a point of what was asked, a latency
+    within five percent; latency: seconds (before, after), where that was the budget.
     """
 
     model: ModelProto = field(repr=False)
@@ -60,11 +64,13 @@ class Result:
     on_budget: bool
     refits: tuple[Refit, ...] = field(default=(), repr=False)
     fidelity: tuple[Fidelity, Fidelity] | None = field(default=None, repr=False)
+    latency: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "macs": list(self.macs),
             "parameters": list(self.parameters),
+            "latency": list(self.latency) if self.latency else None,
             "reached": self.reached,
             "on_budget": self.on_budget,
             "options": dict(self.plan.options),
@@ -118,11 +124,14 @@ def prune(
     allow_io: Sequence[str] = (),
     feeds: Arrays | None = None,
     input_shapes: Shapes | None = None,
+    provider: str = "CPUExecutionProvider",
+    threads: int = 1,
+    timer: Timer | None = None,
     verify: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
-    """Remove `ratio` of a budget (`macs`, `params` or `channels`) and prove that the surgery was right.
+    """Remove `ratio` of a budget (`macs`, `params`, `channels` or `latency`) and prove that the surgery was right.
 
     granularity: `channel` (all widths, heads too), `head` (whole attention heads alone), `block` (whole residual branches) or
     `all`: branches first where that changes the outputs less, then channels.  criterion and allocation are about widths:
@@ -134,7 +143,9 @@ def prune(
     before left and fitted.
     scope, exclude, layer_ratios: globs over node and tensor names.  min_keep: units (or, below 1, the share) that every
     group keeps, residual branches apart.  Groups that the inputs do
-    not exercise stay whole.  align: kept units are a multiple of it.  Deterministic for a seed.
+    not exercise stay whole.  align: kept units are a multiple of it.
+    Latency is measured on this machine with onnxruntime's `provider` and `threads` (or by a `timer` of your own), and the
+    widths are those at which its kernels are fast.  Everything else is deterministic for a seed.
 
     Raises OnnxPruneError for bad input (exit code 2), where nothing can be pruned (3) and where the proof fails (4).
 
@@ -158,6 +169,8 @@ def prune(
         raise OnnxPruneError(f"steps is {steps}; it is a number of rounds, 1 at least")
     if align < 1:
         raise OnnxPruneError(f"align is {align}; it is a number of units, 1 at least")
+    if of == LATENCY and timer is None:
+        check_device(provider, threads)
     loaded = _load(model, feeds, input_shapes, progress)
     source = "none" if calibration is None else calibration
     data = read_calibration(source, loaded, preprocess=preprocess, limit=samples, seed=seed)
@@ -184,9 +197,12 @@ def prune(
         raise OnnxPruneError(f"{loaded.name}: no group is left to prune; widen --scope or --exclude less", 3)
     _say(progress, f"scoring {len(chosen)} groups")
     limits = Limits(min_keep, align)
+    if of == LATENCY:
+        timer = timer or Stopwatch(_timed_on(loaded, feeds), provider, threads)
+    budget = learned(grouping, timer, seed, progress) if of == LATENCY and timer else of
 
     def widths(scores: Scores, rule: str, losses: Losses, share: float) -> Choice:
-        return _choice(None, grouping, scores, {}, ratio * share, of, rule, limits, shares, losses)
+        return _choice(None, grouping, scores, {}, ratio * share, budget, rule, limits, shares, losses)
 
     selection = select(grouping, chosen, criterion, allocation, seed, study, widths)
     selection = in_steps(selection, grouping, seed, study, compensation, widths, steps)
@@ -218,15 +234,22 @@ def prune(
         "seed": seed,
         "input_shapes": {k: list(v) for k, v in loaded.input_shapes.items()},
     }
+    if of == LATENCY and timer:
+        options |= {"device": dict(timer.device)}
+
+    def removing(share: float) -> Choice:
+        return _choice(bench, grouping, scores, lost, share, budget, selection.allocation, limits, shares, selection.losses)
+
     failure: ProofError | None = None
     for _ in range(ROUNDS):
-        choice = _choice(bench, grouping, scores, lost, ratio, of, selection.allocation, limits, shares, selection.losses)
+        choice = _landed(removing, ratio, loaded, grouping, study, timer, progress) if of == LATENCY and timer else removing(ratio)
         if not choice.remove:
             break
         made = Plan(grouping, choice.remove, options, choice.reached)
         try:
             result = _finish(made, proof, bench, abs(choice.reached - ratio) <= 0.01, progress)
-            return _compensated(result, study, compensation, bench)
+            result = _compensated(result, study, compensation, bench)
+            return _timed(result, loaded, ratio, timer, progress) if of == LATENCY and timer else result
         except ProofError as error:
             failure = error
         _say(progress, f"planning again without {len(failure.groups)} groups")
@@ -365,7 +388,7 @@ def _choice(
     scores: Mapping[int, np.ndarray],
     lost: Mapping[int, float],
     ratio: float,
-    of: str,
+    of: str | Measure,
     rule: str,
     limits: Limits,
     shares: Mapping[int, float],
@@ -383,6 +406,37 @@ def _choice(
         return widths()
     blocks = Blocks(grouping, lost, of, shares)
     return mixed(bench, grouping, ratio, blocks.prefixes(ratio), widths) if scores else blocks.closest(ratio)
+
+
+def _timed_on(model: Model, feeds: Arrays | None) -> Arrays:
+    """The feeds, or seeded ones at the model's sizes, in the types of its inputs."""
+    given = seeded_feeds(model.proto, model.input_shapes)
+    return {name: np.asarray(feeds[name]).astype(array.dtype) for name, array in given.items()} if feeds is not None else given
+
+
+def _landed(
+    removing: Callable[[float], Choice],
+    ratio: float,
+    loaded: Model,
+    grouping: Grouping,
+    study: Study,
+    timer: Timer,
+    progress: Progress | None,
+) -> Choice:
+    """The choice whose measured latency is nearest to what is asked."""
+
+    def made(choice: Choice) -> ModelProto:
+        return study.finish(rewrite(grouping, choice.remove))
+
+    found = land(loaded.proto, ratio, removing, made, timer, progress)
+    return replace(found.choice, reached=1 - found.seconds[1] / found.seconds[0]) if found else Choice({}, 0.0)
+
+
+def _timed(result: Result, loaded: Model, ratio: float, timer: Timer, progress: Progress | None) -> Result:
+    """The result with the latency of what it is in the end."""
+    _say(progress, "timing the result")
+    before, after = timer.latencies([loaded.proto, result.model])
+    return replace(result, latency=(before, after), reached=1 - after / before, on_budget=met((before, after), ratio))
 
 
 def _less(grouping: Grouping, proof: Proof | None, wrong: Mapping[int, str]) -> tuple[Grouping, Proof | None]:
