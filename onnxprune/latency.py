@@ -31,7 +31,7 @@ REGULAR, TRIALS = 8, 3  # narrowed copies that are timed at widths that are mult
 LEVELS = (1, 2, 4, 8, 16)  # a width of level 4 is a multiple of 4 and not of 8; such widths say whether steps are 8
 NARROWEST = 0.2  # share of a group that the narrowest copies keep
 STEEP = 0.5  # share of what a width would cost more on a step from which on the step is believed
-ROUNDS = 5  # of planning, measuring and correcting
+ROUNDS = 6  # of planning, measuring and correcting
 NEAR, ENOUGH = 0.05, 0.02  # relative distance from the latency that was asked for: what counts as met, and what is not bettered
 
 
@@ -56,8 +56,12 @@ class Latency:
         return self._steps
 
     def __call__(self, kept: Kept) -> float:
-        ends = {g: min(self._units[g], -(-n // self._steps.get(g, 1)) * self._steps.get(g, 1)) for g, n in kept.items() if g in self._units}
-        return self._counter(ends) + self._rest
+        return self._counter({**kept, **_ends(self._units, kept, self._steps)}) + self._rest
+
+
+def _ends(units: Kept, kept: Kept, steps: Mapping[int, int]) -> dict[int, int]:
+    """Where the steps end that groups with steps are in; a group as wide as the file has it may end within one."""
+    return {g: -(-kept.get(g, units[g]) // step) * step for g, step in steps.items()}
 
 
 def learned(grouping: Grouping, timer: Timer, seed: int = 0, progress: Progress | None = None) -> Latency:
@@ -165,9 +169,10 @@ class _Bench:
             found[self._kernel_of[value]] += amount
         return list(found.values())
 
-    def probes(self) -> _Probes:
-        """All that was timed so far."""
-        amounts = np.array([self.amounts(kept) for kept, _ in self._times])
+    def probes(self, steps: Mapping[int, int] | None = None) -> _Probes:
+        """All that was timed so far; MACs and elements are those at the ends of the steps."""
+        units = {g.id: g.units for g in self.groups}
+        amounts = np.array([self.amounts({**kept, **_ends(units, kept, steps or {})}) for kept, _ in self._times])
         times = np.array([self._summed(times) for _, times in self._times])
         return _Probes(tuple(kept for kept, _ in self._times), amounts[:, 0], amounts[:, 1], times)
 
@@ -188,9 +193,9 @@ def _measured(grouping: Grouping, timer: Timer, seed: int, progress: Progress | 
             stepped = _stepped(bench, kinds, level, first)
             found |= dict.fromkeys(stepped, 2 * level)
     steps = {g: found[kind] for g, kind in kinds.items() if kind in found}
-    probes = bench.probes()
+    probes = bench.probes(steps)
     fits = _fitted(probes, _on_steps(bench, probes, steps))
-    rest = 1 - float(_predicted(fits, bench.amounts(whole)).sum())
+    rest = 1 - float(_predicted(fits, bench.amounts(_ends(whole, whole, steps))).sum())
     constants = sum(c for _, _, c in fits)
     less = max(0.0, 1 + rest / constants) if rest < 0 < constants else 1.0  # the profiler takes time too, a little at each kernel
     fits = [(a, b, c * less) for a, b, c in fits]
@@ -356,12 +361,15 @@ def land(
     What is asked of the cost model is corrected by what was measured, since a sum of kernels is not quite the whole.
     """
     asked = 1 - ratio
-    goal, tried = asked, list[tuple[float, Landed]]()
+    goal, left, tried = asked, asked, list[tuple[float, Landed]]()
     seen: set[tuple[tuple[int, int], ...]] = set()
     for _ in range(ROUNDS):
         choice = choose(1 - goal)
         widths = tuple(sorted((g, len(units)) for g, units in choice.remove.items()))
-        if not widths or widths in seen:
+        if widths in seen:  # not far enough to make a difference
+            goal = float(np.clip(goal * asked / left, 0.005, 0.995))
+            continue
+        if not widths:
             break
         seen.add(widths)
         if progress:

@@ -136,7 +136,7 @@ def _some(ids: Sequence[int]) -> str:
 def hint_alignment(console: Console, measured: Sequence[Measurement], result: Result) -> None:
     """Say what to do where the pruned model is not as much faster as it is smaller."""
     before, after = measured[0].latency_median_s, measured[1].latency_median_s
-    if result.plan.options.get("align") == 1 and after > 0.9 * before:
+    if result.plan.options.get("align") == 1 and result.latency is None and after > 0.9 * before:
         what = "slower" if after > before else "hardly faster"
         console.print(
             f"[yellow]smaller, but {what}: fast kernels want widths that are multiples of 8 or 16; try --align 8 or 16, or --of latency[/]"
