@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 from onnx import GraphProto, NodeProto
 
 from onnxprune import layouts
@@ -192,14 +194,18 @@ class Counter:
 
     def by_value(self, kept: Mapping[int, int]) -> dict[str, float]:
         """The budget of each term's value, with no branch cut."""
-        widths = self._widths(kept)
-        found: dict[str, float] = {}
-        for product in self._products:
-            size = product.factor
-            for i in product.widths:
-                size *= widths[i]
-            found[product.value] = found.get(product.value, 0.0) + size
-        return found
+        values, owners, factors, indices = self._table
+        sizes = np.array([*self._widths(kept), 1.0])[indices].prod(axis=1) * factors
+        return dict(zip(values, np.bincount(owners, sizes, len(values)).tolist(), strict=True))
+
+    @cached_property
+    def _table(self) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+        """The values, and for each product its value's number, its factor, and the numbers of its widths; -1 for none."""
+        numbers = {value: i for i, value in enumerate(dict.fromkeys(p.value for p in self._products))}
+        most = max((len(p.widths) for p in self._products), default=0)
+        indices = np.array([[*p.widths, *[-1] * (most - len(p.widths))] for p in self._products], np.int64)
+        owners = np.array([numbers[p.value] for p in self._products], np.int64)
+        return list(numbers), owners, np.array([p.factor for p in self._products], float), indices.reshape(-1, most)
 
     def __call__(self, kept: Mapping[int, int]) -> float:
         widths = self._widths(kept)

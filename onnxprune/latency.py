@@ -19,6 +19,7 @@ from onnx import ModelProto
 from onnxprune import caching
 from onnxprune.allocations import Choice
 from onnxprune.cost import Counter, Term, element_terms, mac_terms, named
+from onnxprune.errors import OnnxPruneError
 from onnxprune.folding import attributes
 from onnxprune.grouping import Group, Grouping
 from onnxprune.rewriter import rewrite
@@ -143,7 +144,7 @@ class _Bench:
 
     def __init__(self, grouping: Grouping, timer: Timer, progress: Progress | None) -> None:
         self.grouping = grouping
-        self.groups = [g for g in grouping.groups if g.branch is None]
+        self.groups = _narrowable(grouping)
         self._timer, self._progress = timer, progress
         self._amounts = (Counter(grouping, mac_terms(grouping.model)), Counter(grouping, element_terms(grouping.model)))
         self._times: list[tuple[Kept, Kernels]] = []
@@ -201,6 +202,19 @@ def _measured(grouping: Grouping, timer: Timer, seed: int, progress: Progress | 
     fits = [(a, b, c * less) for a, b, c in fits]
     rates = {v: (a, b, c * (v == values[0])) for values, (a, b, c) in zip(bench.kernels.values(), fits, strict=True) for v in values}
     return {v: rate for v, rate in rates.items() if v}, steps, rates[""][2] + max(0.0, rest)
+
+
+def _narrowable(grouping: Grouping) -> list[Group]:
+    """The width groups, without those whose removal the rewriter cannot carry through."""
+    groups = [g for g in grouping.groups if g.branch is None]
+
+    def narrows(some: Sequence[Group]) -> bool:
+        try:
+            return bool(rewrite(grouping, {g.id: np.arange(g.units // 2, g.units) for g in some}).graph.node)
+        except OnnxPruneError:
+            return False
+
+    return groups if narrows(groups) else [g for g in groups if narrows([g])]
 
 
 def _regular(units: int, share: float) -> int:
