@@ -102,7 +102,9 @@ def vit(share: float) -> Any:
     from torchvision.models import VisionTransformer
 
     hidden = 12 * eight(64 * share)
-    return VisionTransformer(224, 16, 12, 12, hidden, eight(3072 * share))
+    model = VisionTransformer(224, 16, 12, 12, hidden, eight(3072 * share))
+    torch.nn.init.normal_(model.heads[0].weight, std=0.02)  # else zero, and the output with it
+    return model
 
 
 def bert(share: float) -> Any:

@@ -32,7 +32,7 @@ REGULAR, TRIALS = 8, 3  # narrowed copies that are timed at widths that are mult
 LEVELS = (1, 2, 4, 8, 16)  # a width of level 4 is a multiple of 4 and not of 8; such widths say whether steps are 8
 NARROWEST = 0.2  # share of a group that the narrowest copies keep
 STEEP = 0.5  # share of what a width would cost more on a step from which on the step is believed
-ROUNDS = 6  # of planning, measuring and correcting
+ROUNDS = 8  # of planning, measuring and correcting
 NEAR, ENOUGH = 0.05, 0.02  # relative distance from the latency that was asked for: what counts as met, and what is not bettered
 
 
@@ -361,6 +361,10 @@ class Landed:
     choice: Choice
     seconds: tuple[float, float]
 
+    @property
+    def left(self) -> float:
+        return self.seconds[1] / self.seconds[0]
+
 
 def land(
     original: ModelProto,
@@ -372,29 +376,30 @@ def land(
 ) -> Landed | None:
     """The choice with which the `made` model's latency is nearest to 1 - ratio of the original's; None where nothing can go.
 
-    What is asked of the cost model is corrected by what was measured, since a sum of kernels is not quite the whole.
+    A sum of kernels is not quite the whole, so what is asked of the cost model follows from what was measured: on the line through
+    the nearest two of the measurements (the whole model is the first), or by bisection where that line leads astray.
     """
-    asked = 1 - ratio
-    goal, left, tried = asked, asked, list[tuple[float, Landed]]()
-    seen: set[tuple[tuple[int, int], ...]] = set()
+    asked, goal, low, high = 1 - ratio, 1 - ratio, 0.0, 1.0
+    tried: dict[tuple[tuple[int, int], ...], Landed] = {}
+    points = [(1.0, 1.0)]  # time left by the cost model, and measured
     for _ in range(ROUNDS):
         choice = choose(1 - goal)
         widths = tuple(sorted((g, len(units)) for g, units in choice.remove.items()))
-        if widths in seen:  # not far enough to make a difference
-            goal = float(np.clip(goal * asked / left, 0.005, 0.995))
-            continue
-        if not widths:
+        if widths and widths not in tried:
+            if progress:
+                progress("timing the whole")
+            before, after = timer.latencies([original, made(choice)])
+            tried[widths] = Landed(choice, (before, after))
+            points.append((1 - choice.reached, after / before))
+        left = tried[widths].left if widths else 1.0
+        if abs(left / asked - 1) <= ENOUGH:
             break
-        seen.add(widths)
-        if progress:
-            progress("timing the whole")
-        before, after = timer.latencies([original, made(choice)])
-        left = after / before
-        tried.append((abs(left / asked - 1), Landed(choice, (before, after))))
-        if tried[-1][0] <= ENOUGH:
-            break
-        goal = float(np.clip((1 - choice.reached) * asked / left, 0.005, 0.995))
-    return min(tried, key=lambda pair: pair[0])[1] if tried else None
+        low, high = (low, goal) if left > asked else (goal, high)
+        (one, first), (other, second) = sorted([*points, *points[:1]], key=lambda point: abs(point[1] - asked))[:2]
+        goal = one + (asked - first) * (other - one) / (second - first) if second != first else low
+        if not low < goal < high:
+            goal = (low + high) / 2
+    return min(tried.values(), key=lambda landed: abs(landed.left / asked - 1), default=None)
 
 
 def met(seconds: tuple[float, float], ratio: float) -> bool:

@@ -169,12 +169,13 @@ def _by_value(events: Sequence[Mapping[str, object]], optimized: ModelProto, mad
         if event.get("cat") == "Node" and str(event["name"]).endswith(ending):
             times.setdefault(str(event["name"]).removesuffix(ending), []).append(int(str(event["dur"])))
     found: Kernels = {}
-    for node in optimized.graph.node:
-        if node.name not in times:
-            continue
-        candidates = (*node.output, node.name.removesuffix(BLOCKED), *node.input)  # a reorder's output is new, what it reads is not
-        value = next((name for name in candidates if name in made), "")
-        found[value] = found.get(value, 0.0) + min(times[node.name]) * 1e-6
+    value_of: dict[str, str] = {}  # of what a kernel reads: the value that it makes
+    for node in reversed(optimized.graph.node):
+        own = next((name for name in (*node.output, node.name.removesuffix(BLOCKED)) if name in made), "")
+        value = own or next((value_of[name] for name in node.output if name in value_of), "")  # a reshape or reorder for its reader
+        value_of.update((name, value) for name in node.input if value)
+        if node.name in times:
+            found[value] = found.get(value, 0.0) + min(times[node.name]) * 1e-6
     return found
 
 

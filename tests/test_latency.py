@@ -120,6 +120,36 @@ def test_a_whole_that_is_more_than_its_kernels_is_met_all_the_same() -> None:
     assert abs(after / before / 0.6 - 1) <= 0.05
 
 
+@pytest.mark.parametrize("step", [1, 16])
+def test_a_device_that_shows_no_kernels_is_met_all_the_same(step: int) -> None:
+    class Closed(Device):
+        def kernels(self, reference: ModelProto, models: Iterable[ModelProto]) -> list[dict[str, float]]:
+            return [{"": sum(times.values())} for times in super().kernels(reference, models)]
+
+    device = Closed(step)
+    result = onnxprune.prune(chain(), 0.4, of="latency", timer=device)
+    before, after = device.latencies([chain(), result.model])
+    assert result.on_budget
+    assert abs(after / before / 0.6 - 1) <= 0.05
+    assert all(whole == n or n % step == 0 for whole, n in zip(WIDTHS[1:-1], hidden_widths(result.model), strict=True))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.9])
+def test_a_cost_model_that_is_far_off_is_corrected(share: float) -> None:
+    class Wrong(Device):
+        """Shows kernels as a small share of the whole, and makes up the rest."""
+
+        def kernels(self, reference: ModelProto, models: Iterable[ModelProto]) -> list[dict[str, float]]:
+            return [{out: share * took for out, took in times.items()} | {"": 1 - share} for times in super().kernels(reference, models)]
+
+    for ratio in (0.2, 0.5, 0.8):
+        device = Wrong(4)
+        result = onnxprune.prune(chain(), ratio, of="latency", timer=device, verify=False)
+        before, after = device.latencies([chain(), result.model])
+        assert abs(after / before / (1 - ratio) - 1) <= 0.05
+        assert result.on_budget
+
+
 def test_the_closest_is_said_where_the_latency_is_out_of_reach() -> None:
     device = Device(8, hidden=0.9)
     result = onnxprune.prune(chain(), 0.4, of="latency", timer=device)
