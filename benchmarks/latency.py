@@ -132,9 +132,9 @@ def retinanet(share: float) -> Any:
     from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
     body = resnet("50")(share)
-    wide, width = body.inplanes, eight(256 * share)
+    wide, width = [stage[-1].conv3.out_channels for stage in (body.layer2, body.layer3, body.layer4)], eight(256 * share)
     names = {"layer2": "0", "layer3": "1", "layer4": "2"}
-    backbone = BackboneWithFPN(body, names, [wide // 4, wide // 2, wide], width, LastLevelP6P7(wide, width))
+    backbone = BackboneWithFPN(body, names, wide, width, LastLevelP6P7(wide[-1], width))
 
     class Detector(torch.nn.Module):
         def __init__(self) -> None:
