@@ -197,9 +197,8 @@ def prune(
         raise OnnxPruneError(f"{loaded.name}: no group is left to prune; widen --scope or --exclude less", 3)
     _say(progress, f"scoring {len(chosen)} groups")
     limits = Limits(min_keep, align)
-    if of == LATENCY:
-        timer = timer or Stopwatch(_timed_on(loaded, feeds), provider, threads)
-    budget = learned(grouping, timer, seed, progress) if of == LATENCY and timer else of
+    clock = timer or Stopwatch(_timed_on(loaded, feeds), provider, threads) if of == LATENCY else None
+    budget = learned(grouping, clock, seed, progress) if clock else of
 
     def widths(scores: Scores, rule: str, losses: Losses, share: float) -> Choice:
         return _choice(None, grouping, scores, {}, ratio * share, budget, rule, limits, shares, losses)
@@ -234,22 +233,22 @@ def prune(
         "seed": seed,
         "input_shapes": {k: list(v) for k, v in loaded.input_shapes.items()},
     }
-    if of == LATENCY and timer:
-        options |= {"device": dict(timer.device)}
+    if clock:
+        options["device"] = dict(clock.device)
 
     def removing(share: float) -> Choice:
         return _choice(bench, grouping, scores, lost, share, budget, selection.allocation, limits, shares, selection.losses)
 
     failure: ProofError | None = None
     for _ in range(ROUNDS):
-        choice = _landed(removing, ratio, loaded, grouping, study, timer, progress) if of == LATENCY and timer else removing(ratio)
+        choice = _landed(removing, ratio, loaded, grouping, study, clock, progress) if clock else removing(ratio)
         if not choice.remove:
             break
         made = Plan(grouping, choice.remove, options, choice.reached)
         try:
             result = _finish(made, proof, bench, abs(choice.reached - ratio) <= 0.01, progress)
             result = _compensated(result, study, compensation, bench)
-            return _timed(result, loaded, ratio, timer, progress) if of == LATENCY and timer else result
+            return _timed(result, loaded, ratio, clock, progress) if clock else result
         except ProofError as error:
             failure = error
         _say(progress, f"planning again without {len(failure.groups)} groups")

@@ -22,7 +22,7 @@ from onnxprune.cost import Counter, mac_terms
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import group
 from onnxprune.importer import load
-from onnxprune.latency import nonnegative
+from onnxprune.probing import nonnegative
 from onnxprune.shapes import seeded_feeds
 from onnxprune.stopwatch import Stopwatch
 
