@@ -294,6 +294,19 @@ def test_kernels_are_named_by_values_of_the_file() -> None:
     assert all(took >= 0 for took in kernels.values())
 
 
+def test_kernels_that_a_fusion_adds_belong_to_what_they_serve() -> None:
+    """MatMul and Add of three axes become a Gemm between two Reshapes, whose values the file does not know."""
+    text = """<ir_version: 8, opset_import: ["": 17]>
+        tokens (float[2, 8, 16] x) => (float[2, 8, 4] y) { a = MatMul(x, w) b = Add(a, c) r = Relu(b) y = MatMul(r, v) }"""
+    proto = onnx.parser.parse_model(text)
+    for name, shape in (("w", (16, 32)), ("c", (32,)), ("v", (32, 4))):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), name))
+    watch = Stopwatch({"x": np.ones((2, 8, 16), np.float32)}, seconds=0.0)
+    [kernels] = watch.kernels(proto, [proto])
+    assert "" not in kernels
+    assert {"y"} < set(kernels) <= {"a", "b", "r", "y"}
+
+
 def test_the_command_meets_a_latency_or_says_so(command: Command, tmp_path: Path, cache: Path) -> None:
     done = command(MODELS / "digits-resnet.onnx", "--ratio", "0.3", "--of", "latency", "-o", "smaller.onnx", "--json", "out.json")
     content = json.loads((tmp_path / "out.json").read_text())
