@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from onnxprune import layouts
-from onnxprune.cost import counter
+from onnxprune.cost import Measure, counter
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Grouping
 from onnxprune.layouts import find
@@ -67,6 +67,7 @@ def pq(scores: Scores, strength: float) -> dict[int, float]:
 DISTORTION = "distortion"  # measured on samples (`sensitivity`), and split by dynamic programming
 BALANCED = "balanced"  # the geometric mean of that and of the scores' own sums, as later layers make up for some of what is measured
 MEASURED = (DISTORTION, BALANCED)
+LATENCY = "latency"  # a budget that is measured (`latency`), not counted
 
 
 def names() -> list[str]:
@@ -102,10 +103,14 @@ class Limits:
         return min(units, max(self.least(group, units), keep))
 
     def levels(self, group: int, units: int) -> np.ndarray:
-        """The numbers of units that may go, ascending, LEVELS of them at most."""
+        """The numbers of units that may go, ascending."""
         kept = np.arange(self.least(group, units), units + 1)
-        gone = units - kept[(kept % self.step(group) == 0) | (kept == units)][::-1]
-        return np.asarray(gone[np.unique(np.linspace(0, len(gone) - 1, LEVELS).round().astype(int))])
+        return np.asarray(units - kept[(kept % self.step(group) == 0) | (kept == units)][::-1])
+
+    def end(self, group: int, units: int, keep: int, step: int) -> int:
+        """The widest number of units kept that costs no more than `keep`, where only multiples of `step` cost less."""
+        end = min(units, -(-keep // step) * step)
+        return end if end == units else max(keep, end - end % self.step(group))
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ def choose(
     grouping: Grouping,
     scores: Scores,
     ratio: float,
-    of: str = "macs",
+    of: str | Measure = "macs",
     rule: str = "uniform",
     limits: Limits | None = None,
     shares: Mapping[int, float] | None = None,
@@ -143,8 +148,9 @@ def choose(
     """The lowest-scored units of each group, so many that `ratio` of the budget goes.
 
     shares: {group: share} of groups whose ratio the user gave; cut: residual branches that go as well; losses: {group: what is
-    lost at each number of units removed, (units + 1,)}, which are then split instead of the scores.  Where the budget is
-    out of reach, the closest is returned.
+    lost at each number of units removed, (units + 1,)}, which are then split instead of the scores.  Where the budget's measure
+    has steps, widths end where one ends: what is within a step costs nothing more.  Where the budget is out of reach, the
+    closest is returned.
     """
     limits, shares = limits or Limits(), dict(shares or {})
     units = {g.id: g.units for g in grouping.groups}
@@ -152,7 +158,7 @@ def choose(
     whole = cost({})
     second = secondary(grouping)
     share_of = allocation.get(rule) if losses is None else None
-    price = {g: max(whole - cost({g: units[g] - 1}), 0.0) / whole if whole else 0.0 for g in scores}
+    price = {g: _price(cost, whole, g, units[g]) for g in scores}
     saved = {g: _savings(cost, whole, g, units[g]) for g in scores} if losses is not None else {}
     gone = dict.fromkeys(cut, 0)
 
@@ -188,7 +194,10 @@ def choose(
         if low == high or abs(reached(high) - ratio) < 2e-4:
             break
     best = _between(low, high, limits, lambda kept: reached(kept) - ratio)
-    best = _nudge(best, units, limits, lambda kept: reached(kept) - ratio, set(only) - set(shares))
+    steps = {g: max(limits.step(g), cost.steps.get(g, 1) // limits.step(g) * limits.step(g)) for g in best}
+    coarse = Limits(limits.floor, {g: step for g, step in steps.items() if step > 1})
+    best = _nudge(best, units, coarse, lambda kept: reached(kept) - ratio, set(only) - set(shares))
+    best = {g: n if g in shares else limits.end(g, units[g], n, cost.steps.get(g, 1)) for g, n in best.items()}
     remove = {b: np.zeros(1, np.int64) for b in cut}
     for g, keep in best.items():
         if keep < units[g]:
@@ -197,8 +206,20 @@ def choose(
     return Choice(remove, reached(best))
 
 
-def _savings(cost: Callable[[Mapping[int, int]], float], whole: float, group: int, units: int) -> np.ndarray:
+def _price(cost: Measure, whole: float, group: int, units: int) -> float:
+    """The share of the budget that a unit of a group costs, down to the end of the next step; 0 where nothing goes so."""
+    step = cost.steps.get(group, 1)
+    below = (units - 1) // step * step
+    return max(whole - cost({group: below}), 0.0) / whole / (units - below) if whole and below else 0.0
+
+
+def _savings(cost: Measure, whole: float, group: int, units: int) -> np.ndarray:
     """The share of the budget that goes with each number of units of one group alone, (units + 1,)."""
+    step = cost.steps.get(group, 1)
+    if step > 1:
+        ends = np.minimum(units, -(-(units - np.arange(units + 1)) // step) * step)
+        widths, place = np.unique(ends, return_inverse=True)
+        return np.array([1 - cost({group: int(n)}) / whole if whole else 0.0 for n in widths])[place]
     at = np.unique(np.linspace(0, units, LEVELS).round().astype(int))
     return np.interp(np.arange(units + 1), at, [1 - cost({group: units - int(n)}) / whole if whole else 0.0 for n in at])
 
@@ -209,7 +230,7 @@ def split(
     """Units to remove of each group so that `strength` of all that can be saved is, and the sum of the losses is least.
 
     losses, saved: {group: at each number of units removed}; levels_of: the numbers to choose from, ascending from 0 to the last of
-    the losses, else LEVELS of all.  Dynamic programming over what is saved, in BINS steps.
+    the losses, else all; at most LEVELS of them.  Dynamic programming over what is saved, in BINS steps.
     """
     if not losses:
         return {}
@@ -221,7 +242,9 @@ def split(
     best[0] = 0.0
     taken: list[tuple[int, np.ndarray, np.ndarray]] = []
     for g, loss in losses.items():
-        levels = levels_of[g] if levels_of else np.unique(np.linspace(0, len(loss) - 1, LEVELS).round().astype(int))
+        levels = levels_of[g] if levels_of else np.arange(len(loss))
+        levels = levels[np.diff(most[g][levels], prepend=-np.inf) > 0]  # to remove more of a step saves nothing
+        levels = levels[np.unique(np.linspace(0, len(levels) - 1, LEVELS).round().astype(int))]
         choice = np.zeros(BINS + 1, np.int64)
         new = np.full(BINS + 1, np.inf)
         for i, level in enumerate(levels):
@@ -334,7 +357,7 @@ def check_allocation(name: str, samples: bool) -> None:
 
 
 def check_budget(of: str) -> str:
-    known: Sequence[str] = ("macs", "params", "channels")
+    known: Sequence[str] = ("macs", "params", "channels", LATENCY)
     if of not in known:
         raise OnnxPruneError(f"no budget is named '{of}'; there are: {', '.join(known)}")
     return of

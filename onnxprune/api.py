@@ -10,19 +10,30 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from onnxprune.allocations import DISTORTION, Choice, Limits, check_allocation, check_budget, check_ratio, choose, nearest
+from onnxprune.allocations import (
+    DISTORTION,
+    LATENCY,
+    Choice,
+    Limits,
+    check_allocation,
+    check_budget,
+    check_ratio,
+    choose,
+    nearest,
+)
 from onnxprune.branches import with_branches
 from onnxprune.calibration import read_calibration
 from onnxprune.certificate import Bench, Proof, certify, prepare
 from onnxprune.compensation import TURNING, check_compensation
 from onnxprune.compensation import compensation as compensations
-from onnxprune.cost import Cuts, counter
+from onnxprune.cost import Cuts, Measure, counter
 from onnxprune.depth import Blocks, at_granularity, check_granularity, mixed
 from onnxprune.equivalence import influences
 from onnxprune.errors import OnnxPruneError, ProofError
 from onnxprune.fidelity import Fidelity, fidelity
 from onnxprune.grouping import Grouping, group, without
 from onnxprune.importer import Model, load
+from onnxprune.latency import land, learned, met
 from onnxprune.moves import Moves
 from onnxprune.plans import Plan, match, read_plan
 from onnxprune.quantized import Stored, counterparts, requantized, unquantized
@@ -31,6 +42,8 @@ from onnxprune.rewriter import rewrite
 from onnxprune.rotation import Rotated, rotate
 from onnxprune.scoping import may_go
 from onnxprune.selection import PCA, Losses, Scores, check_criterion, in_steps, select
+from onnxprune.shapes import seeded_feeds
+from onnxprune.stopwatch import Stopwatch, Timer, check_device
 from onnxprune.study import Study
 from onnxprune.tensorrt import Support, check_introduced
 from onnxprune.tensorrt import check as supported
@@ -52,7 +65,8 @@ class Result:
 
     refits: the layers that compensation fitted anew; fidelity: how near the outputs on calibration samples stay to the original's,
     without compensation and with it.  support: what TensorRT does not take of the original, where that is the target.
-    macs, parameters: (before, after); reached: share of the budget that went; on_budget: within a point of what was asked.
+    macs, parameters: (before, after); reached: share of the budget that went; on_budget: within a point of what was asked, a latency
+    within five percent; latency: seconds (before, after), where that was the budget.
     """
 
     model: ModelProto = field(repr=False)
@@ -65,11 +79,13 @@ class Result:
     refits: tuple[Refit, ...] = field(default=(), repr=False)
     fidelity: tuple[Fidelity, Fidelity] | None = field(default=None, repr=False)
     support: Support | None = field(default=None, repr=False)
+    latency: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "macs": list(self.macs),
             "parameters": list(self.parameters),
+            "latency": list(self.latency) if self.latency else None,
             "reached": self.reached,
             "on_budget": self.on_budget,
             "options": dict(self.plan.options),
@@ -125,11 +141,14 @@ def prune(
     allow_io: Sequence[str] = (),
     feeds: Arrays | None = None,
     input_shapes: Shapes | None = None,
+    provider: str = "CPUExecutionProvider",
+    threads: int = 1,
+    timer: Timer | None = None,
     verify: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
-    """Remove `ratio` of a budget (`macs`, `params` or `channels`) and prove that the surgery was right.
+    """Remove `ratio` of a budget (`macs`, `params`, `channels` or `latency`) and prove that the surgery was right.
 
     granularity: `channel` (all widths, heads too), `head` (whole attention heads alone), `block` (whole residual branches) or
     `all`: branches first where that changes the outputs less, then channels.  criterion and allocation are about widths:
@@ -142,7 +161,9 @@ def prune(
     scope, exclude, layer_ratios: globs over node and tensor names.  min_keep: units (or, below 1, the share) that every
     group keeps, residual branches apart.  Groups that the inputs do
     not exercise stay whole.  align: widths that layers work on stay multiples of it, or {glob: number} for layers so named; target:
-    `cpu`, `tensorrt` or `cuda` chooses it for each group, as coarse as the group and the budget allow.  Deterministic for a seed.
+    `cpu`, `tensorrt` or `cuda` chooses it for each group, as coarse as the group and the budget allow.
+    Latency is measured on this machine with onnxruntime's `provider` and `threads` (or by a `timer` of your own), and the
+    widths are those at which its kernels are fast.  Everything else is deterministic for a seed.
 
     Raises OnnxPruneError for bad input (exit code 2), where nothing can be pruned (3) and where the proof fails (4).
 
@@ -165,6 +186,8 @@ def prune(
     if steps < 1:
         raise OnnxPruneError(f"steps is {steps}; it is a number of rounds, 1 at least")
     check_align(align, target)
+    if of == LATENCY and timer is None:
+        check_device(provider, threads)
     loaded = _load(model, feeds, input_shapes, progress)
     source = "none" if calibration is None else calibration
     data = read_calibration(source, loaded, preprocess=preprocess, limit=samples, seed=seed)
@@ -208,9 +231,11 @@ def prune(
     if stored:
         rungs = [{i: steps[own] for i, own in stored.numbers.items() if own in steps} for steps in rungs]
     limits = [Limits(min_keep, steps) for steps in rungs]
+    clock = timer or Stopwatch(_timed_on(loaded, feeds), provider, threads) if of == LATENCY else None
+    budget = learned(grouping, clock, seed, progress) if clock else of
 
     def widths(scores: Scores, rule: str, losses: Losses, share: float) -> Choice:
-        return _choice(None, grouping, scores, {}, ratio * share, of, rule, limits, shares, losses)
+        return _choice(None, grouping, scores, {}, ratio * share, budget, rule, limits, shares, losses)
 
     selection = select(grouping, chosen, criterion, allocation, seed, study, widths)
     selection = in_steps(selection, grouping, seed, study, compensation, widths, steps)
@@ -243,9 +268,15 @@ def prune(
         "seed": seed,
         "input_shapes": {k: list(v) for k, v in loaded.input_shapes.items()},
     }
+    if clock:
+        options["device"] = dict(clock.device)
+
+    def removing(share: float) -> Choice:
+        return _choice(bench, grouping, scores, lost, share, budget, selection.allocation, limits, shares, selection.losses)
+
     failure: ProofError | None = None
     for _ in range(ROUNDS):
-        choice = _choice(bench, grouping, scores, lost, ratio, of, selection.allocation, limits, shares, selection.losses)
+        choice = _landed(removing, ratio, loaded, grouping, study, clock, progress) if clock else removing(ratio)
         if not choice.remove:
             break
         made = Plan(grouping, choice.remove, options, choice.reached)
@@ -254,7 +285,8 @@ def prune(
             result = _compensated(result, study, compensation, bench)
             if stored is not None:
                 result = _stored(result, stored, study)
-            return _for_target(result, loaded, target)
+            result = _for_target(result, loaded, target)
+            return _timed(result, loaded, ratio, clock, progress) if clock else result
         except ProofError as error:
             failure = error
         _say(progress, f"planning again without {len(failure.groups)} groups")
@@ -393,7 +425,7 @@ def _choice(
     scores: Mapping[int, np.ndarray],
     lost: Mapping[int, float],
     ratio: float,
-    of: str,
+    of: str | Measure,
     rule: str,
     limits: Sequence[Limits],
     shares: Mapping[int, float],
@@ -412,6 +444,37 @@ def _choice(
         return widths()
     blocks = Blocks(grouping, lost, of, shares)
     return mixed(bench, grouping, ratio, blocks.prefixes(ratio), widths) if scores else blocks.closest(ratio)
+
+
+def _timed_on(model: Model, feeds: Arrays | None) -> Arrays:
+    """The feeds, or seeded ones at the model's sizes, in the types of its inputs."""
+    given = seeded_feeds(model.proto, model.input_shapes)
+    return {name: np.asarray(feeds[name]).astype(array.dtype) for name, array in given.items()} if feeds is not None else given
+
+
+def _landed(
+    removing: Callable[[float], Choice],
+    ratio: float,
+    loaded: Model,
+    grouping: Grouping,
+    study: Study,
+    timer: Timer,
+    progress: Progress | None,
+) -> Choice:
+    """The choice whose measured latency is nearest to what is asked."""
+
+    def made(choice: Choice) -> ModelProto:
+        return study.finish(rewrite(grouping, choice.remove))
+
+    found = land(loaded.proto, ratio, removing, made, timer, progress)
+    return replace(found.choice, reached=1 - found.seconds[1] / found.seconds[0]) if found else Choice({}, 0.0)
+
+
+def _timed(result: Result, loaded: Model, ratio: float, timer: Timer, progress: Progress | None) -> Result:
+    """The result with the latency of what it is in the end."""
+    _say(progress, "timing the result")
+    before, after = timer.latencies([loaded.proto, result.model])
+    return replace(result, latency=(before, after), reached=1 - after / before, on_budget=met((before, after), ratio))
 
 
 def _less(grouping: Grouping, proof: Proof | None, wrong: Mapping[int, str]) -> tuple[Grouping, Proof | None]:

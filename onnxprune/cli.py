@@ -18,6 +18,7 @@ from onnxprune.options import (
     ALLOW_IO,
     CALIBRATION,
     CHOICE,
+    DEVICE,
     EVALUATION,
     FEEDS,
     GATES,
@@ -105,6 +106,7 @@ def main() -> None:
     \b
     onnxprune model.onnx --ratio 0.4                   remove 40 % of the multiply-accumulates
     onnxprune model.onnx --ratio 0.4 --of params       … of the parameters
+    onnxprune model.onnx --ratio 0.4 --of latency      … of the time that it takes on this machine
     onnxprune model.onnx --ratio 0.4 --eval test.npz   … and show the accuracy before and after
     onnxprune groups model.onnx                        what can be pruned, what cannot, and why
 
@@ -128,7 +130,7 @@ def main() -> None:
     PREPROCESS,
     click.option("--plan-out", metavar="FILE", help="Write the plan too."),
     VERIFY,
-    click.option("--provider", default="CPUExecutionProvider", show_default=True, help="onnxruntime provider of the benchmark."),
+    DEVICE,
     JSON,
     QUIET,
     VERBOSE,
@@ -145,6 +147,7 @@ def prune(
     preprocess: str | None,
     plan_out: str | None,
     provider: str,
+    threads: int,
     json_path: str | None,
     quiet: bool,
     verbose: bool,
@@ -185,6 +188,8 @@ def prune(
             input_shapes=read_shapes(shapes),
             layer_ratios=read_ratios(layer_ratios),
             preprocess=preprocess if chosen["calibration"] is not None else None,
+            provider=provider,
+            threads=threads,
             progress=say,
             **chosen,
         )
@@ -197,7 +202,7 @@ def prune(
         if plan_out:
             write_text(json.dumps(result.plan.to_json()), plan_out)
         timed = not quiet or "speedup" in gates
-        measured = _measure([model, str(target)], result, given, provider, say) if timed else []
+        measured = _measure([model, str(target)], result, given, provider, threads, say) if timed else []
     content = {"model": model, "output": str(target), **result.to_json()}
     content |= {"evaluation": accuracy.to_json() if accuracy else None, "benchmark": [m.to_json() for m in measured]}
     passed = judged(gates, result, accuracy, measured)
@@ -253,7 +258,7 @@ def _evaluator(
     return lambda original, pruned: evaluate(original, pruned, samples, metric=measure)
 
 
-def _measure(files: list[str], result: Any, feeds: Any, provider: str, say: Callable[[str], None]) -> list[Measurement]:
+def _measure(files: list[str], result: Any, feeds: Any, provider: str, threads: int, say: Callable[[str], None]) -> list[Measurement]:
     """The benchmark of both models; a model that it cannot run is no reason to lose the result."""
     import numpy as np
 
@@ -271,7 +276,7 @@ def _measure(files: list[str], result: Any, feeds: Any, provider: str, say: Call
         return counts.get(path) or _macs(load(path, arrays))
 
     try:
-        return benchmark(files, given, provider=provider, seconds=1.0, macs=macs, progress=say)
+        return benchmark(files, given, provider=provider, threads=threads, seconds=1.0, macs=macs, progress=say)
     except OnnxPruneError as error:
         click.echo(f"warning: no benchmark ({error})", err=True)
         return []
@@ -351,6 +356,7 @@ def groups(
     FEEDS,
     SEED,
     VERIFY,
+    DEVICE,
     QUIET,
 )
 def plan(

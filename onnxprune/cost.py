@@ -1,10 +1,13 @@
-"""What a model costs, as a function of how many units each group keeps: MACs, parameters, channels."""
+"""What a model costs, as a function of how many units each group keeps: MACs, parameters, channels, or what was measured."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
+import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto
 
 from onnxprune import layouts
@@ -26,10 +29,19 @@ def mac_terms(model: Model) -> list[Term]:
     contracted size; recurrent layers: time × batch × elements of W and R.  The body of Loop and Scan counts as often as it
     runs, once where that is not known; both branches of an If count, as either may run, or the one that is always taken.
     """
-    return [(factor, axes, _named(node)) for node in model.main for factor, axes, _ in _terms(model, [node])]
+    return [(factor, axes, named(node)) for node in model.main for factor, axes, _ in _terms(model, [node])]
 
 
-def _named(node: NodeProto) -> str:
+def element_terms(model: Model) -> list[Term]:
+    """Elements that each node of the main graph reads (weights too) and writes, as far as their sizes are known."""
+    terms: list[Term] = []
+    for node in model.main:
+        names = [name for name in (*node.input, *node.output) if name in model.shapes]
+        terms += [(1, tuple((name, i) for i in range(len(model.shapes[name]))), named(node)) for name in names]
+    return terms
+
+
+def named(node: NodeProto) -> str:
     """A value that is there as long as the node is."""
     return next((out for out in node.output if out), "")
 
@@ -120,7 +132,7 @@ def attention_products(site: Site) -> list[tuple[float, tuple[Axis, ...]]]:
 
 def parameter_terms(model: Model) -> list[Term]:
     """Elements of every float initializer and Constant and of every quantized weight, those in bodies included."""
-    hosts = {name: _named(node) for node in model.main for graph in subgraphs(node) for name in _made(graph)}
+    hosts = {name: named(node) for node in model.main for graph in subgraphs(node) for name in _made(graph)}
     counted = ((name, tensor) for name, tensor in model.tensors.items() if is_parameter(tensor) and name not in model.copies)
     return [(1, tuple((name, i) for i in range(len(tensor.dims))), hosts.get(name, name)) for name, tensor in counted]
 
@@ -143,6 +155,16 @@ class _Product:
     factor: float
     widths: tuple[int, ...]
     value: str
+
+
+class Measure(Protocol):
+    """What is left of a budget, as a function of {group id: units kept}; a group that is not named keeps all."""
+
+    @property
+    def steps(self) -> Mapping[int, int]:
+        """Widths of a group between two multiples of its step cost as much as the wider one; 1 where a group has none."""
+
+    def __call__(self, kept: Mapping[int, int]) -> float: ...
 
 
 class Counter:
@@ -170,12 +192,34 @@ class Counter:
                 changing.append(numbers[root])
             self._products.append(_Product(factor, tuple(changing), value))
 
+    @property
+    def steps(self) -> Mapping[int, int]:
+        return {}
+
     def _prunable(self, root: Dim) -> bool:
         return any(leaf in self._owner for leaf in layouts.leaves(layouts.resolve(root)))
 
-    def __call__(self, kept: Mapping[int, int]) -> float:
+    def _widths(self, kept: Mapping[int, int]) -> list[float]:
         counts = {leaf: kept[g] * self._share[leaf] for leaf, g in self._owner.items() if g in kept}
-        widths = [layouts.width(layout, counts) for layout in self._layouts]
+        return [layouts.width(layout, counts) for layout in self._layouts]
+
+    def by_value(self, kept: Mapping[int, int]) -> dict[str, float]:
+        """The budget of each term's value, with no branch cut."""
+        values, owners, factors, indices = self._table
+        sizes = np.array([*self._widths(kept), 1.0])[indices].prod(axis=1) * factors
+        return dict(zip(values, np.bincount(owners, sizes, len(values)).tolist(), strict=True))
+
+    @cached_property
+    def _table(self) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+        """The values, and for each product its value's number, its factor, and the numbers of its widths; -1 for none."""
+        numbers = {value: i for i, value in enumerate(dict.fromkeys(p.value for p in self._products))}
+        most = max((len(p.widths) for p in self._products), default=0)
+        indices = np.array([[*p.widths, *[-1] * (most - len(p.widths))] for p in self._products], np.int64)
+        owners = np.array([numbers[p.value] for p in self._products], np.int64)
+        return list(numbers), owners, np.array([p.factor for p in self._products], float), indices.reshape(-1, most)
+
+    def __call__(self, kept: Mapping[int, int]) -> float:
+        widths = self._widths(kept)
         total, products = self._left(self._cuts.among(kept))
         for product in products:
             size = product.factor
@@ -212,8 +256,10 @@ class Cuts:
         return self._last[1]
 
 
-def counter(grouping: Grouping, of: str) -> Counter | _Units:
-    """The budget's measure: `macs`, `params` or `channels`."""
+def counter(grouping: Grouping, of: str | Measure) -> Measure:
+    """The budget's measure: `macs`, `params` or `channels`, or one that was made before (such as `latency.Latency`)."""
+    if not isinstance(of, str):
+        return of
     if of == "channels":
         return _Units(grouping)
     return Counter(grouping, mac_terms(grouping.model) if of == "macs" else parameter_terms(grouping.model))
@@ -225,6 +271,10 @@ class _Units:
     def __init__(self, grouping: Grouping) -> None:
         self._groups = grouping.groups
         self._cuts = Cuts(grouping)
+
+    @property
+    def steps(self) -> Mapping[int, int]:
+        return {}
 
     def __call__(self, kept: Mapping[int, int]) -> float:
         dead = self._cuts.dead(self._cuts.among(kept))

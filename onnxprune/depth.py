@@ -10,7 +10,7 @@ import numpy as np
 from onnxprune.allocations import Choice
 from onnxprune.branches import with_branches
 from onnxprune.certificate import Bench
-from onnxprune.cost import counter
+from onnxprune.cost import Measure, counter
 from onnxprune.equivalence import WHOLE, distortion
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Grouping
@@ -49,7 +49,7 @@ class Blocks:
     scores: {group id: score}; shares: {group id: share} that the user gave: of the branches with one share that part goes.
     """
 
-    def __init__(self, grouping: Grouping, scores: Mapping[int, float], of: str, shares: Mapping[int, float]) -> None:
+    def __init__(self, grouping: Grouping, scores: Mapping[int, float], of: str | Measure, shares: Mapping[int, float]) -> None:
         self._cost = counter(grouping, of)
         self._whole = self._cost({}) or 1.0
         self.own = {b: self.reached([b]) for b in scores}

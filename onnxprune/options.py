@@ -45,7 +45,7 @@ TARGET = click.option(
 )
 CHOICE = options(
     click.option("--ratio", "-r", type=float, required=True, help="Share of the budget to remove, between 0 and 1."),
-    click.option("--of", default="macs", show_default=True, metavar="macs|params|channels", help="Which budget."),
+    click.option("--of", default="macs", show_default=True, metavar="macs|params|channels|latency", help="Which budget."),
     click.option(
         "--granularity",
         default="channel",
@@ -77,6 +77,10 @@ CHOICE = options(
 )
 
 
+DEVICE = options(
+    click.option("--provider", default="CPUExecutionProvider", show_default=True, help="onnxruntime provider on which models are timed."),
+    click.option("--threads", type=click.IntRange(0), default=1, show_default=True, help="Its threads; 0: onnxruntime's own default."),
+)
 CALIBRATION = options(
     click.option(
         "--calibration",

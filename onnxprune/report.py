@@ -80,6 +80,9 @@ def show_result(console: Console, result: Result, ratio: float | None, of: str) 
     for title, (before, after) in (("MACs", result.macs), ("parameters", result.parameters)):
         if before:
             console.print(f"{title}: {before:,} → {after:,} ({1 - after / before:.1%} less)")
+    if result.latency:
+        whole, left = result.latency
+        console.print(f"latency: {1e3 * whole:.3g} ms → {1e3 * left:.3g} ms ({1 - left / whole:.1%} less)")
     if ratio is not None and not result.on_budget:
         console.print(f"[yellow]asked for {ratio:.1%} of {of}; {result.reached:.1%} is the closest that the groups allow[/]")
 
@@ -136,10 +139,12 @@ def hint_alignment(console: Console, measured: Sequence[Measurement], result: Re
     """Say what to do where the pruned model is not as much faster as it is smaller."""
     before, after = measured[0].latency_median_s, measured[1].latency_median_s
     given = result.plan.options
-    if given.get("align") == 1 and given.get("target") is None and after > 0.9 * before:
+    unaligned = given.get("align") == 1 and given.get("target") is None and result.latency is None
+    if unaligned and after > 0.9 * before:
         what = "slower" if after > before else "hardly faster"
         console.print(
-            f"[yellow]smaller, but {what}: fast kernels want widths that are multiples of 8 or 16; try --target cpu (or cuda, tensorrt)[/]"
+            f"[yellow]smaller, but {what}: fast kernels want widths that are multiples of 8 or 16; try --target cpu (or cuda, tensorrt), "
+            "or --of latency[/]"
         )
 
 
