@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto
 
-from onnxprune.allocations import DISTORTION, Choice, Limits, check_allocation, check_budget, check_ratio, choose
+from onnxprune.allocations import DISTORTION, MEASURED, Choice, Limits, check_allocation, check_budget, check_ratio, choose
 from onnxprune.branches import with_branches
 from onnxprune.calibration import read_calibration
 from onnxprune.certificate import Bench, Proof, certify, prepare
 from onnxprune.compensation import check_compensation
 from onnxprune.compensation import compensation as compensations
 from onnxprune.cost import Cuts, counter
+from onnxprune.criteria import criterion as criteria
 from onnxprune.depth import Blocks, at_granularity, check_granularity, mixed
 from onnxprune.equivalence import influences
 from onnxprune.errors import OnnxPruneError, ProofError
+from onnxprune.external import IN_MEMORY
 from onnxprune.fidelity import Fidelity, fidelity
 from onnxprune.grouping import Grouping, group, without
 from onnxprune.importer import Model, load
 from onnxprune.moves import Moves
 from onnxprune.plans import Plan, match, read_plan
 from onnxprune.reconstruction import Refit
-from onnxprune.rewriter import rewrite
+from onnxprune.rewriter import Widths, rewrite
 from onnxprune.rotation import Rotated, rotate
 from onnxprune.scoping import may_go
 from onnxprune.selection import PCA, Losses, Scores, check_criterion, in_steps, select
 from onnxprune.study import Study
 from onnxprune.verification import check_model, compare, prove_surgery
+from onnxprune.writing import write_model
 
 Source = str | os.PathLike[str] | ModelProto
 Arrays = Mapping[str, np.ndarray]
@@ -48,6 +51,7 @@ class Result:
 
     refits: the layers that compensation fitted anew; fidelity: how near the outputs on calibration samples stay to the original's,
     without compensation and with it.
+    model: where weights were left in other files, as they exceed `memory`, those of the result have no values in it: `save` it.
     macs, parameters: (before, after); reached: share of the budget that went; on_budget: within a point of what was asked.
     """
 
@@ -60,6 +64,20 @@ class Result:
     on_budget: bool
     refits: tuple[Refit, ...] = field(default=(), repr=False)
     fidelity: tuple[Fidelity, Fidelity] | None = field(default=None, repr=False)
+
+    def save(self, path: str | os.PathLike[str], *, shard_size: int | None = None, progress: Progress | None = None) -> None:
+        """Write the model, whole or not at all; weights go to PATH.data where the original's stand in other files, or over 2 GiB.
+
+        shard_size: bytes of each data file at most (PATH-00001-of-00004.data, …).  Raises OnnxPruneError where the disk does not take it.
+        """
+        original, widths = self.plan.grouping.model, Widths(self.plan.grouping, self.plan.remove)
+
+        def pieces(name: str) -> Iterator[np.ndarray]:
+            place = original.external.places[name]
+            return place.rows(widths.masks(name, len(place.shape)))
+
+        files = original.external.files
+        write_model(self.model, path, pieces=pieces, external=bool(files), shard_size=shard_size, inputs=files, progress=progress)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -81,6 +99,7 @@ def groups(
     input_shapes: Shapes | None = None,
     allow_io: Sequence[str] = (),
     verify: bool = True,
+    memory: int = IN_MEMORY,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Grouping:
@@ -88,8 +107,8 @@ def groups(
 
     Raises OnnxPruneError for bad input (exit code 2) and where onnxruntime cannot run the model (4).
     """
-    found = with_branches(group(_load(model, feeds, input_shapes, progress), allow_io))
-    return certify(found, feeds, seed, progress=progress)[0] if verify and found.groups else found
+    found = with_branches(group(_load(model, feeds, input_shapes, progress, memory), allow_io))
+    return certified(found, feeds, seed, verify, progress)[0]
 
 
 def plan(model: Source, ratio: float, **options: Any) -> Plan:
@@ -119,6 +138,7 @@ def prune(
     feeds: Arrays | None = None,
     input_shapes: Shapes | None = None,
     verify: bool = True,
+    memory: int = IN_MEMORY,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -135,6 +155,8 @@ def prune(
     scope, exclude, layer_ratios: globs over node and tensor names.  min_keep: units (or, below 1, the share) that every
     group keeps, residual branches apart.  Groups that the inputs do
     not exercise stay whole.  align: kept units are a multiple of it.  Deterministic for a seed.
+    memory: bytes of weights to hold at once; a model with more of them in other files is read a tensor at a time and proven part by
+    part, which calibration, compensation and branches cannot do.
 
     Raises OnnxPruneError for bad input (exit code 2), where nothing can be pruned (3) and where the proof fails (4).
 
@@ -158,11 +180,12 @@ def prune(
         raise OnnxPruneError(f"steps is {steps}; it is a number of rounds, 1 at least")
     if align < 1:
         raise OnnxPruneError(f"align is {align}; it is a number of units, 1 at least")
-    loaded = _load(model, feeds, input_shapes, progress)
+    loaded = _load(model, feeds, input_shapes, progress, memory)
+    _check_streamed(loaded, criterion, allocation, compensation, granularity, given or free, steps)
     source = "none" if calibration is None else calibration
     data = read_calibration(source, loaded, preprocess=preprocess, limit=samples, seed=seed)
     found = at_granularity(group(loaded, allow_io), granularity)
-    grouping, proof, bench = _certified(found, feeds, seed, verify, progress)
+    grouping, proof, bench = certified(found, feeds, seed, verify, progress)
     _some(grouping)
     study = Study(grouping, data, progress)
     rotated: Rotated | None = None
@@ -172,7 +195,7 @@ def prune(
             reason = next(iter(rotated.skipped.values()), "it has no groups of channels")
             raise OnnxPruneError(f"{loaded.name}: none of its streams can be turned into principal components ({reason}); try obs", 3)
         turned = replace(load(rotated.model, feeds, loaded.input_shapes), name=loaded.name)
-        grouping, proof, bench = _certified(at_granularity(group(turned, allow_io), granularity), feeds, seed, verify, progress)
+        grouping, proof, bench = certified(at_granularity(group(turned, allow_io), granularity), feeds, seed, verify, progress)
         study = replace(study, grouping=grouping, known=rotated.scores_in(grouping), finish=rotated.rescaled)
     chosen, shares = may_go(grouping, scope, exclude, layer_ratios or {})
     idle = set(proof.unexercised) if proof else set()
@@ -250,6 +273,7 @@ def apply(
     feeds: Arrays | None = None,
     input_shapes: Shapes | None = None,
     verify: bool = False,
+    memory: int = IN_MEMORY,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -257,7 +281,7 @@ def apply(
 
     Raises OnnxPruneError (exit code 2) where the plan does not fit the model.
     """
-    return _apply(model, plan, feeds, input_shapes, verify, seed, progress)[0]
+    return _apply(model, plan, feeds, input_shapes, verify, seed, progress, memory)[0]
 
 
 def verify(
@@ -268,6 +292,7 @@ def verify(
     feeds: Arrays | None = None,
     input_shapes: Shapes | None = None,
     allow_io: Sequence[str] = (),
+    memory: int = IN_MEMORY,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Proof:
@@ -277,14 +302,14 @@ def verify(
     Raises OnnxPruneError: exit code 2 where the plan does not fit the model, 4 where the proof fails.
     """
     if plan is not None:
-        result, bench = _apply(model, plan, feeds, input_shapes, True, seed, progress)
+        result, bench = _apply(model, plan, feeds, input_shapes, True, seed, progress, memory)
         if result.proof is None or bench is None:
             raise OnnxPruneError("the model has no groups; there is nothing to prove", 3)
         if pruned is None:
             return result.proof
         moves = Moves(result.plan.grouping, after=result.plan.remove)
         return replace(result.proof, matches=compare(bench, result.model, load(pruned).proto, moves))
-    found = with_branches(group(_load(model, feeds, input_shapes, progress), allow_io))
+    found = with_branches(group(_load(model, feeds, input_shapes, progress, memory), allow_io))
     _some(found)
     _, proof, bench = certify(found, feeds, seed, progress=progress)
     if pruned is not None:
@@ -298,6 +323,7 @@ def planned(
     feeds: Arrays | None = None,
     input_shapes: Shapes | None = None,
     progress: Progress | None = None,
+    memory: int = IN_MEMORY,
 ) -> Plan:
     """A plan on the model it was made for, or on a fine-tuned sister.
 
@@ -307,11 +333,11 @@ def planned(
     options = content.get("options") or {}
     sizes = {k: tuple(v) for k, v in (options.get("input_shapes") or {}).items()}
     try:
-        loaded = _load(model, feeds, input_shapes or ({} if feeds else sizes), progress)
+        loaded = _load(model, feeds, input_shapes or ({} if feeds else sizes), progress, memory)
     except OnnxPruneError:
         if feeds or input_shapes or not sizes:
             raise
-        loaded = _load(model, None, None, progress)  # the plan's shapes do not fit: `match` says what else does not
+        loaded = _load(model, None, None, progress, memory)  # the plan's shapes do not fit: `match` says what else does not
     found = group(loaded, options.get("allow_io") or ())
     if any(entry["units"] == 1 and entry.get("remove") for entry in content["groups"]):
         found = with_branches(found)
@@ -326,11 +352,12 @@ def _apply(
     verify: bool,
     seed: int,
     progress: Progress | None,
+    memory: int,
 ) -> tuple[Result, Bench | None]:
-    made = planned(model, plan, feeds, input_shapes, progress)
+    made = planned(model, plan, feeds, input_shapes, progress, memory)
     proof, bench = None, None
     if verify:
-        grouping, proof, bench = _certified(made.grouping, feeds, seed, True, progress)
+        grouping, proof, bench = certified(made.grouping, feeds, seed, True, progress)
         lost = [i for i in made.remove if proof and i in proof.frozen]
         if lost and proof:
             tensor = next(g.members[0].tensor for g in made.groups if g.id == lost[0])
@@ -341,9 +368,25 @@ def _apply(
     return _finish(made, proof, bench, True, progress), bench
 
 
-def _load(model: Source, feeds: Arrays | None, input_shapes: Shapes | None, progress: Progress | None) -> Model:
+def _load(model: Source, feeds: Arrays | None, input_shapes: Shapes | None, progress: Progress | None, memory: int) -> Model:
     _say(progress, "reading the model")
-    return load(model, feeds, input_shapes)
+    return load(model, feeds, input_shapes, memory)
+
+
+def _check_streamed(
+    model: Model, criterion: str, allocation: str, compensation: str, granularity: str, calibrated: bool, steps: int
+) -> None:
+    """Raises OnnxPruneError where the weights are read one at a time and the options take them all at once."""
+    wrong = {
+        "--calibration": calibrated,
+        f"--criterion {criterion}": criterion not in criteria.names(),
+        f"--allocation {allocation}": allocation in (*MEASURED, "auto"),
+        f"--compensation {compensation}": compensation != "none",
+        f"--granularity {granularity}": granularity in ("block", "all"),
+        f"--steps {steps}": steps > 1,
+    }
+    for what in (key for key, bad in wrong.items() if bad):
+        model.external.need_memory(model.name, what)
 
 
 def _say(progress: Progress | None, text: str) -> None:
@@ -351,9 +394,10 @@ def _say(progress: Progress | None, text: str) -> None:
         progress(text)
 
 
-def _certified(
+def certified(
     grouping: Grouping, feeds: Arrays | None, seed: int, verify: bool, progress: Progress | None
 ) -> tuple[Grouping, Proof | None, Bench | None]:
+    """The groups that pass their proof, the proof, and what it ran on; as they are, with None, where none is asked for."""
     if not verify or not grouping.groups:
         return grouping, None, None
     return certify(grouping, feeds, seed, progress=progress)

@@ -21,10 +21,12 @@ from onnxprune.options import (
     EVALUATION,
     FEEDS,
     JSON,
+    MEMORY,
     MODEL,
     PREPROCESS,
     QUIET,
     SEED,
+    SHARDS,
     VERBOSE,
     VERIFY,
     options,
@@ -118,6 +120,8 @@ def main() -> None:
     PREPROCESS,
     click.option("--plan-out", metavar="FILE", help="Write the plan too."),
     VERIFY,
+    MEMORY,
+    SHARDS,
     click.option("--provider", default="CPUExecutionProvider", show_default=True, help="onnxruntime provider of the benchmark."),
     JSON,
     QUIET,
@@ -133,6 +137,7 @@ def prune(
     metric: str | None,
     preprocess: str | None,
     plan_out: str | None,
+    shard_size: int | None,
     provider: str,
     json_path: str | None,
     quiet: bool,
@@ -149,7 +154,7 @@ def prune(
     from onnxprune import api
     from onnxprune.allocations import check_budget, check_ratio
     from onnxprune.depth import check_granularity
-    from onnxprune.writing import check_apart, check_target, write_model, write_text
+    from onnxprune.writing import check_apart, check_target, write_text
 
     check_ratio(ratio)
     check_budget(chosen["of"])
@@ -180,7 +185,7 @@ def prune(
             say("evaluating")
             accuracy = compare(result.plan.grouping.model.proto, result.model)
         say("writing")
-        write_model(result.model, target)
+        result.save(target, shard_size=shard_size, progress=say)
         if plan_out:
             write_text(json.dumps(result.plan.to_json()), plan_out)
         measured = [] if quiet else _measure([model, str(target)], result, given, provider, say)
@@ -241,6 +246,9 @@ def _measure(files: list[str], result: Any, feeds: Any, provider: str, say: Call
     from onnxprune.shapes import seeded_feeds
 
     model: Any = result.plan.grouping.model
+    if model.external.places:
+        click.echo(f"no benchmark: the weights are more than --memory; `onnxprune bench {files[0]} {files[1]}` runs both", err=True)
+        return []
     given = seeded_feeds(model.proto, model.input_shapes)
     if feeds is not None:
         given = {name: np.asarray(feeds[name]).astype(array.dtype) for name, array in given.items()}
@@ -264,7 +272,7 @@ def _macs(model: Any) -> int:
 
 @main.command()
 @MODEL
-@options(FEEDS, SEED, ALLOW_IO, VERIFY, JSON, QUIET, VERBOSE)
+@options(FEEDS, SEED, ALLOW_IO, VERIFY, MEMORY, JSON, QUIET, VERBOSE)
 def groups(
     model: str,
     feeds: str | None,
@@ -272,6 +280,7 @@ def groups(
     seed: int,
     allow_io: tuple[str, ...],
     verify: bool,
+    memory: int,
     json_path: str | None,
     quiet: bool,
     verbose: bool,
@@ -282,9 +291,8 @@ def groups(
     onnxprune groups model.onnx
     onnxprune groups model.onnx --json groups.json
     """
-    from onnxprune.api import why_not
+    from onnxprune.api import certified, why_not
     from onnxprune.branches import with_branches
-    from onnxprune.certificate import certify
     from onnxprune.grouping import group
     from onnxprune.importer import load
     from onnxprune.writing import check_target
@@ -294,9 +302,8 @@ def groups(
     given = read_feeds(feeds)
     with _progress(quiet) as say:
         say("reading the model")
-        found, proof = with_branches(group(load(model, given, read_shapes(shapes)), allow_io)), None
-        if verify and found.groups:
-            found, proof, _ = certify(found, given, seed, progress=say)
+        found = with_branches(group(load(model, given, read_shapes(shapes), memory), allow_io))
+        found, proof, _ = certified(found, given, seed, verify, say)
     _write_json(found.to_json(), json_path)
     if not quiet and json_path != "-":
         from onnxprune import report
@@ -322,6 +329,7 @@ def groups(
     FEEDS,
     SEED,
     VERIFY,
+    MEMORY,
     QUIET,
 )
 def plan(
@@ -373,6 +381,8 @@ def plan(
     FEEDS,
     SEED,
     click.option("--verify/--no-verify", default=False, help="Prove the result on this model (off by default)."),
+    MEMORY,
+    SHARDS,
     JSON,
     QUIET,
 )
@@ -384,6 +394,8 @@ def apply(
     shapes: tuple[str, ...],
     seed: int,
     verify: bool,
+    memory: int,
+    shard_size: int | None,
     json_path: str | None,
     quiet: bool,
 ) -> int:
@@ -393,13 +405,14 @@ def apply(
     onnxprune apply model.onnx plan.json -o smaller.onnx
     """
     from onnxprune import api
-    from onnxprune.writing import check_apart, check_target, write_model
+    from onnxprune.writing import check_apart, check_target
 
     target = check_target(output, model)
     check_apart(model, plan, output, json_path, feeds)
     with _progress(quiet) as say:
-        result = api.apply(model, plan, feeds=read_feeds(feeds), input_shapes=read_shapes(shapes), verify=verify, seed=seed, progress=say)
-        write_model(result.model, target)
+        sizes = read_shapes(shapes)
+        result = api.apply(model, plan, feeds=read_feeds(feeds), input_shapes=sizes, verify=verify, memory=memory, seed=seed, progress=say)
+        result.save(target, shard_size=shard_size, progress=say)
     _write_json({"model": model, "output": str(target), **result.to_json()}, json_path)
     if not quiet and json_path != "-":
         from onnxprune import report
@@ -454,7 +467,7 @@ def export_plan(model: str, plan: str, output: str, checkpoint: str | None, feed
 @main.command()
 @MODEL
 @click.argument("pruned", metavar="[PRUNED.onnx]", required=False)
-@options(click.option("--plan", metavar="FILE", help="The plan that made PRUNED.onnx."), FEEDS, SEED, ALLOW_IO, JSON, QUIET)
+@options(click.option("--plan", metavar="FILE", help="The plan that made PRUNED.onnx."), FEEDS, SEED, ALLOW_IO, MEMORY, JSON, QUIET)
 def verify(
     model: str,
     pruned: str | None,
@@ -463,6 +476,7 @@ def verify(
     shapes: tuple[str, ...],
     seed: int,
     allow_io: tuple[str, ...],
+    memory: int,
     json_path: str | None,
     quiet: bool,
 ) -> int:
@@ -482,6 +496,7 @@ def verify(
             feeds=read_feeds(feeds),
             input_shapes=read_shapes(shapes),
             allow_io=allow_io,
+            memory=memory,
             seed=seed,
             progress=say,
         )

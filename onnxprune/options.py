@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 
@@ -13,6 +14,21 @@ if TYPE_CHECKING:
     import numpy as np
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.2 on
+    """Bytes, written as 500MB or 2GB (powers of 1000), 1GiB (of 1024), or as a plain number."""
+
+    name = "size"
+    units: ClassVar = {"": 1, "b": 1} | {f"{k}{b}": s**i for b, s in (("b", 1000), ("ib", 1024)) for i, k in enumerate("kmgt", 1)}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(value).strip().lower())
+        if not found or found[2] not in self.units or not float(found[1]):
+            self.fail(f"'{value}' is no size; write it as 500MB or 2GB", param, ctx)
+        return int(float(found[1]) * self.units[found[2]])
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -37,6 +53,15 @@ JSON = click.option("--json", "json_path", metavar="FILE", help="Write the resul
 QUIET = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors; prune then skips its benchmark.")
 VERBOSE = click.option("--verbose", "-v", is_flag=True, help="List every place of every group, and every fixed axis.")
 VERIFY = click.option("--verify/--no-verify", default=True, help="Prove the result on the model (on by default).")
+MEMORY = click.option(
+    "--memory",
+    type=Size(),
+    default="2GiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Most weights to hold at once; more than that in other files are read one tensor at a time.",
+)
+SHARDS = click.option("--shard-size", type=Size(), metavar="SIZE", help="Write the weights to files of at most so much: 1GB.")
 CHOICE = options(
     click.option("--ratio", "-r", type=float, required=True, help="Share of the budget to remove, between 0 and 1."),
     click.option("--of", default="macs", show_default=True, metavar="macs|params|channels", help="Which budget."),
