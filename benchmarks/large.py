@@ -48,10 +48,12 @@ class Size:
 
 
 def sized(gigabytes: float, width: int) -> Size:
-    """The widest decoder of at most so many GB, of numbers of `width` bytes."""
-    found = [Size(h, h * HEAD, h * HEAD * 9 // 4) for h in range(SHARED, 129, SHARED)]
-    fitting = [size for size in found if size.parameters * width <= gigabytes * 1.02e9]
-    return fitting[-1] if fitting else found[0]
+    """The decoder of at most so many GB, of numbers of `width` bytes: the widest stream, then the widest SwiGLU."""
+    most = gigabytes * 1e9 / width
+    heads = [h for h in range(SHARED, 129, SHARED) if Size(h, h * HEAD, 2 * h * HEAD).parameters <= most] or [SHARED]
+    hidden = heads[-1] * HEAD
+    rest = most - Size(heads[-1], hidden, 0).parameters
+    return Size(heads[-1], hidden, max(1, int(rest / (3 * LAYERS * hidden)) // HEAD) * HEAD)
 
 
 class Decoder:

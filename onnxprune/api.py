@@ -13,7 +13,7 @@ from onnx import ModelProto
 from onnxprune.allocations import DISTORTION, MEASURED, Choice, Limits, check_allocation, check_budget, check_ratio, choose
 from onnxprune.branches import with_branches
 from onnxprune.calibration import read_calibration
-from onnxprune.certificate import Bench, Proof, certify, prepare
+from onnxprune.certificate import Bench, Proof, certify, prepare, runner
 from onnxprune.compensation import check_compensation
 from onnxprune.compensation import compensation as compensations
 from onnxprune.cost import Cuts, counter
@@ -307,13 +307,13 @@ def verify(
             raise OnnxPruneError("the model has no groups; there is nothing to prove", 3)
         if pruned is None:
             return result.proof
-        moves = Moves(result.plan.grouping, after=result.plan.remove)
-        return replace(result.proof, matches=compare(bench, result.model, load(pruned).proto, moves))
+        return replace(result.proof, matches=compare(bench, result.plan, result.model, load(pruned, memory=memory)))
     found = with_branches(group(_load(model, feeds, input_shapes, progress, memory), allow_io))
     _some(found)
     _, proof, bench = certify(found, feeds, seed, progress=progress)
     if pruned is not None:
-        check_model(bench, load(pruned).proto)
+        other = load(pruned, memory=memory)
+        check_model(bench, other.proto, ready=runner(other))
     return proof
 
 

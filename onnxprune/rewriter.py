@@ -114,7 +114,7 @@ def _rewritten(model: Model, widths: Widths, tensors: dict[str, TensorProto], pi
 def _sliced(model: Model, name: str, widths: Widths, arrays: Mapping[str, np.ndarray]) -> TensorProto:
     tensor = model.tensors[name]
     masks = widths.masks(name, len(tensor.dims))
-    if name in model.external.places and name not in arrays:  # sliced when it is written
+    if name in model.external.places:  # sliced when it is written, or run
         header = TensorProto(name=tensor.name, data_type=tensor.data_type, doc_string=tensor.doc_string)
         header.dims.extend(kept(tuple(tensor.dims), masks))
         header.data_location = TensorProto.EXTERNAL

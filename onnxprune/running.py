@@ -7,8 +7,10 @@ fusion (Pad into MaxPool) changes results.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
+from zlib import crc32
 
 import numpy as np
 import onnxruntime as ort
@@ -138,6 +140,12 @@ def widened(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if array.dtype.kind == "f" or array.dtype.name == "bfloat16" else array
 
 
+class Runs(Protocol):
+    """A model that some of its tensors can be given anew at every run."""
+
+    def run(self, feeds: Arrays, arrays: Arrays | None = None) -> dict[str, np.ndarray]: ...
+
+
 class Runner:
     """A float32 copy of a model some of whose tensors can be given anew at every run.
 
@@ -255,8 +263,43 @@ def _gap(a: np.ndarray, b: np.ndarray) -> float:
     return gap
 
 
-def jittered(arrays: Arrays, rng: np.random.Generator, units: float = 1.0) -> dict[str, np.ndarray]:
+class Lazy(Mapping[str, np.ndarray]):
+    """Arrays that are made each time that they are asked for, as together they are more than memory holds."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], np.ndarray]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def some(arrays: Arrays, names: Collection[str]) -> Arrays:
+    """Those of the names."""
+    found = [name for name in arrays if name in names]
+    return Lazy(found, arrays.__getitem__) if isinstance(arrays, Lazy) else {name: arrays[name] for name in found}
+
+
+def jittered(arrays: Arrays, rng: np.random.Generator, units: float = 1.0) -> Arrays:
     """Every float moved by about one unit in its last place (or some): what rounding alone may do."""
+    if isinstance(arrays, Lazy):
+        many, root = arrays, int(rng.integers(2**32))
+
+        def one(name: str) -> np.ndarray:
+            array = many[name]
+            return jittered({name: array}, np.random.default_rng([root, crc32(name.encode())]), units).get(name, array)
+
+        return Lazy(many, one)
     moved = {}
     for name, array in arrays.items():
         values = widened(array)

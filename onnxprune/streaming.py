@@ -64,7 +64,8 @@ def length_of(tensor: TensorProto) -> int | None:
     """Bytes of its values; None for types that stay inside."""
     if tensor.data_type in (TensorProto.UNDEFINED, TensorProto.STRING) or tensor.data_type > TensorProto.BFLOAT16:
         return None
-    return math.prod(tensor.dims) * np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
+    elements: int = math.prod(tensor.dims)
+    return elements * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def skeleton(proto: ModelProto, layout: Layout) -> ModelProto:
