@@ -1,7 +1,7 @@
 """Time and peak memory of pruning a decoder whose weights stand in files of their own, and what that is at 7 B parameters.
 
     pip install . && python benchmarks/large.py make /tmp/large/decoder.onnx --gigabytes 4
-    python benchmarks/large.py measure --gigabytes 0.5 4 --json docs/large-models.json
+    python benchmarks/large.py measure --gigabytes 1 4 --json docs/large-models.json
 
 `make` writes a decoder with grouped-query attention, rotary embeddings and SwiGLU; its weights are drawn from a seed and written
 one tensor at a time.  `measure` makes, prunes and deletes one of each size, with `onnxprune --no-verify` and then with its proof.
@@ -28,32 +28,38 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS, HEAD, SHARED, VOCABULARY, POSITIONS = 24, 128, 4, 32_000, 512  # SHARED: query heads to a head of keys and values
+SHARED, POSITIONS = 4, 512  # query heads to a head of keys and values; rows of the tables of the rotary embedding
 TARGET = 28.0  # GB: 7 B parameters in float32
 ROWS = 1 << 22  # numbers drawn at a time
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a decoder: heads of queries, width of the stream, and of what the SwiGLU makes."""
+    """Of a decoder: heads of queries, width of what the SwiGLU makes, layers, words, and width of a head."""
 
     heads: int
-    hidden: int
     inner: int
+    layers: int = 24
+    words: int = 32_000
+    head: int = 128
+
+    @property
+    def hidden(self) -> int:
+        return self.heads * self.head
 
     @property
     def parameters(self) -> int:
         attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.hidden // SHARED
-        return LAYERS * (attention + 3 * self.hidden * self.inner) + 2 * VOCABULARY * self.hidden
+        return self.layers * (attention + 3 * self.hidden * self.inner) + 2 * self.words * self.hidden
 
 
 def sized(gigabytes: float, width: int) -> Size:
     """The decoder of at most so many GB, of numbers of `width` bytes: the widest stream, then the widest SwiGLU."""
     most = gigabytes * 1e9 / width
-    heads = [h for h in range(SHARED, 129, SHARED) if Size(h, h * HEAD, 2 * h * HEAD).parameters <= most] or [SHARED]
-    hidden = heads[-1] * HEAD
-    rest = most - Size(heads[-1], hidden, 0).parameters
-    return Size(heads[-1], hidden, max(1, int(rest / (3 * LAYERS * hidden)) // HEAD) * HEAD)
+    heads = [h for h in range(SHARED, 129, SHARED) if Size(h, 2 * h * 128).parameters <= most] or [SHARED]
+    narrow = Size(heads[-1], 0)
+    rest = int((most - narrow.parameters) / (3 * narrow.layers * narrow.hidden)) // narrow.head
+    return Size(heads[-1], max(1, rest) * narrow.head)
 
 
 class Decoder:
@@ -128,15 +134,15 @@ class Decoder:
         return self.node("Add", x, self.dense(gated, f"{at}.down", self.size.inner, hidden))
 
     def write(self) -> None:
-        size, kind = self.size, self.kind
-        turns = np.outer(np.arange(POSITIONS), 10_000.0 ** (-np.arange(HEAD // 2) / (HEAD // 2)))
+        size, kind, head = self.size, self.kind, self.size.head
+        turns = np.outer(np.arange(POSITIONS), 10_000.0 ** (-np.arange(head // 2) / (head // 2)))
         for name, table in (("cos", np.cos(turns)), ("sin", np.sin(turns))):
             self.constant(name, np.concatenate([table, table], axis=1).astype(kind))
-        self.constant("epsilon", np.array(1e-5, kind)), self.constant("scale", np.array(HEAD**-0.5, kind))
+        self.constant("epsilon", np.array(1e-5, kind)), self.constant("scale", np.array(head**-0.5, kind))
         self.constant("causal", np.triu(np.full((POSITIONS, POSITIONS), -1e4), 1).astype(kind))
-        numbers = {"start": [0], "half": [HEAD // 2], "head": [HEAD], "last": [-1], "first": [0], "second": [1], "both": [0, 1]}
-        numbers |= {"two": [2], "zeros": [0, 0], "split": [0, 0, size.heads, HEAD], "split_shared": [0, 0, size.heads // SHARED, HEAD]}
-        numbers |= {"joined": [0, 0, size.hidden], "merged": [0, size.heads, -1, HEAD], "copies": [1, 1, SHARED, 1, 1]}
+        numbers = {"start": [0], "half": [head // 2], "head": [head], "last": [-1], "first": [0], "second": [1], "both": [0, 1]}
+        numbers |= {"two": [2], "zeros": [0, 0], "split": [0, 0, size.heads, head], "split_shared": [0, 0, size.heads // SHARED, head]}
+        numbers |= {"joined": [0, 0, size.hidden], "merged": [0, size.heads, -1, head], "copies": [1, 1, SHARED, 1, 1]}
         for name, values in numbers.items():
             self.constant(name, np.array(values, np.int64))
         length = self.node("Slice", self.node("Shape", "input_ids"), "second", "two")
@@ -144,17 +150,17 @@ class Decoder:
             self.nodes.append(helper.make_node("Slice", [table, "start", length, "first"], [f"{table}_now"]))
         square = self.node("Concat", length, length, axis=0)
         self.nodes.append(helper.make_node("Slice", ["causal", "zeros", square, "both"], ["mask"]))
-        x = self.node("Gather", self.weight("embedding", VOCABULARY, size.hidden, 0.02), "input_ids")
-        for number in range(LAYERS):
+        x = self.node("Gather", self.weight("embedding", size.words, size.hidden, 0.02), "input_ids")
+        for number in range(size.layers):
             x = self.layer(x, f"layers.{number}")
-        logits = self.dense(self.norm(x, "norm"), "head_weight", size.hidden, VOCABULARY)
+        logits = self.dense(self.norm(x, "norm"), "head_weight", size.hidden, size.words)
         self.nodes.append(helper.make_node("Identity", [logits], ["logits"]))
         self.data.close()
         graph = helper.make_graph(
             self.nodes,
             "decoder",
             [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])],
-            [helper.make_tensor_value_info("logits", helper.np_dtype_to_tensor_dtype(kind), ["batch", "sequence", VOCABULARY])],
+            [helper.make_tensor_value_info("logits", helper.np_dtype_to_tensor_dtype(kind), ["batch", "sequence", size.words])],
             self.tensors,
         )
         onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), self.path)
@@ -219,9 +225,9 @@ def main() -> None:
     maker.add_argument("path", type=Path)
     maker.add_argument("--gigabytes", type=float, default=4.0)
     maker.add_argument("--seed", type=int, default=0)
-    measurer.add_argument("--gigabytes", type=float, nargs="+", default=[0.5, 4.0])
+    measurer.add_argument("--gigabytes", type=float, nargs="+", default=[1.0, 4.0])
     measurer.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    measurer.add_argument("--memory", default="1GB", help="what the proof may hold at once")
+    measurer.add_argument("--memory", default="512MB", help="most weights that may be held at once")
     measurer.add_argument("--json", type=Path)
     for one in (maker, measurer):
         one.add_argument("--type", default="float32", choices=["float32", "float16"])

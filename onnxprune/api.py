@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from onnxprune.allocations import DISTORTION, MEASURED, Choice, Limits, check_allocation, check_budget, check_ratio, choose
 from onnxprune.branches import with_branches
@@ -21,7 +21,7 @@ from onnxprune.criteria import criterion as criteria
 from onnxprune.depth import Blocks, at_granularity, check_granularity, mixed
 from onnxprune.equivalence import influences
 from onnxprune.errors import OnnxPruneError, ProofError
-from onnxprune.external import IN_MEMORY
+from onnxprune.external import AT_ONCE, IN_MEMORY
 from onnxprune.fidelity import Fidelity, fidelity
 from onnxprune.grouping import Grouping, group, without
 from onnxprune.importer import Model, load
@@ -99,7 +99,7 @@ def groups(
     input_shapes: Shapes | None = None,
     allow_io: Sequence[str] = (),
     verify: bool = True,
-    memory: int = IN_MEMORY,
+    memory: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Grouping:
@@ -138,7 +138,7 @@ def prune(
     feeds: Arrays | None = None,
     input_shapes: Shapes | None = None,
     verify: bool = True,
-    memory: int = IN_MEMORY,
+    memory: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -156,7 +156,7 @@ def prune(
     group keeps, residual branches apart.  Groups that the inputs do
     not exercise stay whole.  align: kept units are a multiple of it.  Deterministic for a seed.
     memory: bytes of weights to hold at once; a model with more of them in other files is read a tensor at a time and proven part by
-    part, which calibration, compensation and branches cannot do.
+    part, which calibration, compensation and branches cannot do (if not given 512 MiB, with those 2 GiB).
 
     Raises OnnxPruneError for bad input (exit code 2), where nothing can be pruned (3) and where the proof fails (4).
 
@@ -180,8 +180,10 @@ def prune(
         raise OnnxPruneError(f"steps is {steps}; it is a number of rounds, 1 at least")
     if align < 1:
         raise OnnxPruneError(f"align is {align}; it is a number of units, 1 at least")
-    loaded = _load(model, feeds, input_shapes, progress, memory)
-    _check_streamed(loaded, criterion, allocation, compensation, granularity, given or free, steps)
+    whole = _takes_all(criterion, allocation, compensation, granularity, given or free, steps)
+    loaded = _load(model, feeds, input_shapes, progress, AT_ONCE if memory is None and whole else memory)
+    if whole:
+        loaded.external.need_memory(loaded.name, whole)
     source = "none" if calibration is None else calibration
     data = read_calibration(source, loaded, preprocess=preprocess, limit=samples, seed=seed)
     found = at_granularity(group(loaded, allow_io), granularity)
@@ -273,7 +275,7 @@ def apply(
     feeds: Arrays | None = None,
     input_shapes: Shapes | None = None,
     verify: bool = False,
-    memory: int = IN_MEMORY,
+    memory: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -292,7 +294,7 @@ def verify(
     feeds: Arrays | None = None,
     input_shapes: Shapes | None = None,
     allow_io: Sequence[str] = (),
-    memory: int = IN_MEMORY,
+    memory: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Proof:
@@ -307,12 +309,14 @@ def verify(
             raise OnnxPruneError("the model has no groups; there is nothing to prove", 3)
         if pruned is None:
             return result.proof
-        return replace(result.proof, matches=compare(bench, result.plan, result.model, load(pruned, memory=memory)))
+        return replace(
+            result.proof, matches=compare(bench, result.plan, result.model, load(pruned, memory=IN_MEMORY if memory is None else memory))
+        )
     found = with_branches(group(_load(model, feeds, input_shapes, progress, memory), allow_io))
     _some(found)
     _, proof, bench = certify(found, feeds, seed, progress=progress)
     if pruned is not None:
-        other = load(pruned, memory=memory)
+        other = load(pruned, memory=IN_MEMORY if memory is None else memory)
         check_model(bench, other.proto, ready=runner(other))
     return proof
 
@@ -323,7 +327,7 @@ def planned(
     feeds: Arrays | None = None,
     input_shapes: Shapes | None = None,
     progress: Progress | None = None,
-    memory: int = IN_MEMORY,
+    memory: int | None = None,
 ) -> Plan:
     """A plan on the model it was made for, or on a fine-tuned sister.
 
@@ -352,7 +356,7 @@ def _apply(
     verify: bool,
     seed: int,
     progress: Progress | None,
-    memory: int,
+    memory: int | None,
 ) -> tuple[Result, Bench | None]:
     made = planned(model, plan, feeds, input_shapes, progress, memory)
     proof, bench = None, None
@@ -368,15 +372,17 @@ def _apply(
     return _finish(made, proof, bench, True, progress), bench
 
 
-def _load(model: Source, feeds: Arrays | None, input_shapes: Shapes | None, progress: Progress | None, memory: int) -> Model:
+def _load(model: Source, feeds: Arrays | None, input_shapes: Shapes | None, progress: Progress | None, memory: int | None) -> Model:
     _say(progress, "reading the model")
-    return load(model, feeds, input_shapes, memory)
+    loaded = load(model, feeds, input_shapes, IN_MEMORY if memory is None else memory)
+    for name, tensor in loaded.tensors.items():
+        if tensor.data_location == TensorProto.EXTERNAL and name not in loaded.external.places:
+            raise OnnxPruneError(f"{loaded.name}: tensor '{name}' stands in another file, which only a path tells; give the model's path")
+    return loaded
 
 
-def _check_streamed(
-    model: Model, criterion: str, allocation: str, compensation: str, granularity: str, calibrated: bool, steps: int
-) -> None:
-    """Raises OnnxPruneError where the weights are read one at a time and the options take them all at once."""
+def _takes_all(criterion: str, allocation: str, compensation: str, granularity: str, calibrated: bool, steps: int) -> str:
+    """The option that takes all weights at once; "" where one tensor at a time is enough."""
     wrong = {
         "--calibration": calibrated,
         f"--criterion {criterion}": criterion not in criteria.names(),
@@ -385,8 +391,7 @@ def _check_streamed(
         f"--granularity {granularity}": granularity in ("block", "all"),
         f"--steps {steps}": steps > 1,
     }
-    for what in (key for key, bad in wrong.items() if bad):
-        model.external.need_memory(model.name, what)
+    return next((what for what, bad in wrong.items() if bad), "")
 
 
 def _say(progress: Progress | None, text: str) -> None:

@@ -154,6 +154,7 @@ def prune(
     from onnxprune import api
     from onnxprune.allocations import check_budget, check_ratio
     from onnxprune.depth import check_granularity
+    from onnxprune.external import AT_ONCE
     from onnxprune.writing import check_apart, check_target, write_text
 
     check_ratio(ratio)
@@ -169,7 +170,9 @@ def prune(
     with _progress(quiet) as say:
         if preprocess is not None and evaluation is None and chosen["calibration"] is None:
             raise OnnxPruneError("--preprocess says how the samples of --calibration and --eval are used; give one of them")
-        compare = _evaluator(model, evaluation, preprocess, metric, given, read_shapes(shapes), chosen["seed"])
+        if evaluation is not None and chosen["memory"] is None:
+            chosen["memory"] = AT_ONCE
+        compare = _evaluator(model, evaluation, preprocess, metric, given, read_shapes(shapes), chosen["seed"], chosen["memory"] or AT_ONCE)
         result = api.prune(
             model,
             ratio,
@@ -218,7 +221,7 @@ def prune(
 
 
 def _evaluator(
-    model: str, source: str | None, preprocess: str | None, metric: str | None, feeds: Any, shapes: Any, seed: int
+    model: str, source: str | None, preprocess: str | None, metric: str | None, feeds: Any, shapes: Any, seed: int, memory: int
 ) -> Callable[[Any, Any], Evaluation] | None:
     """What compares both models on the samples of --eval, which are looked at before any work is done; None without them."""
     if source is None:
@@ -230,7 +233,9 @@ def _evaluator(
     from onnxprune.importer import load
     from onnxprune.userfunctions import user_function
 
-    samples = read_calibration(source, load(model, feeds, shapes), preprocess=preprocess, seed=seed + 1)  # other noise than for calibration
+    loaded = load(model, feeds, shapes, memory)
+    loaded.external.need_memory(loaded.name, "--eval")
+    samples = read_calibration(source, loaded, preprocess=preprocess, seed=seed + 1)  # other noise than for calibration
     if not samples.count:
         raise OnnxPruneError(f"--eval {source}: has no samples")
     measure = user_function(metric) if metric else None
@@ -280,7 +285,7 @@ def groups(
     seed: int,
     allow_io: tuple[str, ...],
     verify: bool,
-    memory: int,
+    memory: int | None,
     json_path: str | None,
     quiet: bool,
     verbose: bool,
@@ -293,6 +298,7 @@ def groups(
     """
     from onnxprune.api import certified, why_not
     from onnxprune.branches import with_branches
+    from onnxprune.external import IN_MEMORY
     from onnxprune.grouping import group
     from onnxprune.importer import load
     from onnxprune.writing import check_target
@@ -302,7 +308,8 @@ def groups(
     given = read_feeds(feeds)
     with _progress(quiet) as say:
         say("reading the model")
-        found = with_branches(group(load(model, given, read_shapes(shapes), memory), allow_io))
+        limit = IN_MEMORY if memory is None else memory
+        found = with_branches(group(load(model, given, read_shapes(shapes), limit), allow_io))
         found, proof, _ = certified(found, given, seed, verify, say)
     _write_json(found.to_json(), json_path)
     if not quiet and json_path != "-":
@@ -394,7 +401,7 @@ def apply(
     shapes: tuple[str, ...],
     seed: int,
     verify: bool,
-    memory: int,
+    memory: int | None,
     shard_size: int | None,
     json_path: str | None,
     quiet: bool,
@@ -476,7 +483,7 @@ def verify(
     shapes: tuple[str, ...],
     seed: int,
     allow_io: tuple[str, ...],
-    memory: int,
+    memory: int | None,
     json_path: str | None,
     quiet: bool,
 ) -> int:

@@ -18,7 +18,8 @@ from onnx import ModelProto, TensorProto, helper
 
 from onnxprune.errors import OnnxPruneError
 
-IN_MEMORY = 2**31 - 1  # bytes of weights that are read at once, unless said otherwise
+IN_MEMORY = 2**29  # bytes of weights that are read at once, unless said otherwise: all that is done to them takes ten times as much
+AT_ONCE = 2**31 - 1  # the same where something takes all of them at once
 SMALL = 1 << 16  # bytes up to which a tensor is always read: numbers that say shapes, and vectors
 CHUNK = 1 << 25  # bytes that are sliced at a time
 Masks = Mapping[int, np.ndarray]
@@ -73,7 +74,7 @@ class External:
     files: tuple[Path, ...] = ()
     size: int = 0
     places: Mapping[str, Place] = field(default_factory=dict)
-    limit: int = IN_MEMORY
+    limit: int = AT_ONCE
 
     def need_memory(self, name: str, what: str) -> None:
         """Raises OnnxPruneError where weights were left on disk, for what takes them all at once."""
@@ -84,7 +85,7 @@ class External:
             )
 
 
-def attach(proto: ModelProto, folder: Path, name: str, limit: int = IN_MEMORY) -> External:
+def attach(proto: ModelProto, folder: Path, name: str, limit: int = AT_ONCE) -> External:
     """Read the external data of a model (in place), or leave large tensors of the main graph where they are, if all are over the limit.
 
     Raises OnnxPruneError where a file is missing, too short or outside of the model's folder.
@@ -95,6 +96,11 @@ def attach(proto: ModelProto, folder: Path, name: str, limit: int = IN_MEMORY) -
         return External(limit=limit)
     found = [(tensor, *_located(tensor, folder, name)) for tensor in outside]
     size, times = sum(length for *_, length in found), Counter(t.name for t in stored)
+    if size <= limit and size > (free := available()):
+        raise OnnxPruneError(
+            f"{name}: its weights are {gigabytes(size)}, and {gigabytes(free)} of memory are free; have them read one at a time by a "
+            f"smaller --memory, such as {max(1, int(free / 4e6))}MB"
+        )
     main = {t.name for t in proto.graph.initializer} if size > limit else set()
     places = {}
     for tensor, path, offset, length in found:
@@ -111,6 +117,18 @@ def attach(proto: ModelProto, folder: Path, name: str, limit: int = IN_MEMORY) -
         tensor.data_location = TensorProto.DEFAULT
         del tensor.external_data[:]
     return External(tuple(dict.fromkeys(path for _, path, *_ in found)), size, places, limit)
+
+
+def available() -> int:
+    """Bytes of memory that a process may still take, as far as Linux says (of the machine, and of the control group)."""
+    found = [2**63]
+    for path, key in (("/proc/meminfo", "MemAvailable:"), ("/sys/fs/cgroup/memory.max", "")):
+        try:
+            line = next(line for line in Path(path).read_text(encoding="ascii").splitlines() if line.startswith(key))
+            found.append(int(line.split()[1]) * 1024 if key else int(line))
+        except (OSError, StopIteration, ValueError):  # another system, or no limit
+            continue
+    return min(found)
 
 
 def _dtype(tensor: TensorProto) -> np.dtype | None:

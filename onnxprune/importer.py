@@ -16,7 +16,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxprune import external
 from onnxprune.errors import OnnxPruneError
-from onnxprune.external import IN_MEMORY, External
+from onnxprune.external import AT_ONCE, External
 from onnxprune.folding import Folded
 from onnxprune.scopes import all_graphs, captured, declared, flat, open_graphs, subgraphs, unique_names
 from onnxprune.shapes import infer
@@ -66,20 +66,15 @@ class Model:
         return found if len(found) == len(sizes) else (False,) * len(sizes)
 
     def array(self, tensor: str) -> np.ndarray:
-        """The values of an initializer or Constant, read when first asked for; those left in other files every time.
-
-        Raises OnnxPruneError where they are in a file that is not known.
-        """
+        """The values of an initializer or Constant, read when first asked for; those left in other files every time."""
         if tensor in self.external.places:
             return self.external.places[tensor].array()
-        if self.tensors[tensor].data_location == TensorProto.EXTERNAL:
-            raise OnnxPruneError(f"{self.name}: tensor '{tensor}' stands in another file, which only a path tells; give the model's path")
         if tensor not in self._arrays:
             self._arrays[tensor] = numpy_helper.to_array(self.tensors[tensor])
         return self._arrays[tensor]
 
 
-def read(source: str | os.PathLike[str] | ModelProto, memory: int = IN_MEMORY) -> tuple[ModelProto, str, External]:
+def read(source: str | os.PathLike[str] | ModelProto, memory: int = AT_ONCE) -> tuple[ModelProto, str, External]:
     """The ModelProto, a name for it, and what of it stands in other files; read at once up to so many bytes (`memory`).
 
     Raises OnnxPruneError where the file is missing, is not ONNX, is cut short or lacks its external data.
@@ -106,7 +101,7 @@ def load(
     source: str | os.PathLike[str] | ModelProto,
     feeds: Mapping[str, np.ndarray] | None = None,
     input_shapes: Mapping[str, Shape] | None = None,
-    memory: int = IN_MEMORY,
+    memory: int = AT_ONCE,
 ) -> Model:
     """Import a model; `feeds` or `input_shapes` say the sizes of symbolic axes (else 2, or more where 2 does not run).
 

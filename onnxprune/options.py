@@ -56,10 +56,8 @@ VERIFY = click.option("--verify/--no-verify", default=True, help="Prove the resu
 MEMORY = click.option(
     "--memory",
     type=Size(),
-    default="2GiB",
-    show_default=True,
     metavar="SIZE",
-    help="Most weights to hold at once; more than that in other files are read one tensor at a time.",
+    help="Most weights to hold at once; of more in other files one tensor at a time is read (512MiB; with --calibration 2GiB).",
 )
 SHARDS = click.option("--shard-size", type=Size(), metavar="SIZE", help="Write the weights to files of at most so much: 1GB.")
 CHOICE = options(

@@ -21,6 +21,7 @@ from onnxprune.errors import OnnxPruneError
 from onnxprune.scopes import all_graphs, subgraphs
 
 Arrays = Mapping[str, np.ndarray]
+STRETCH = 1 << 22  # numbers that are moved at a time, of arrays that are large
 LEAST, MOST = 1e-3, 2.5e-2  # standard deviations of a value: what always counts as equal, and what never does
 _WIDE = (TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
@@ -296,8 +297,12 @@ def jittered(arrays: Arrays, rng: np.random.Generator, units: float = 1.0) -> Ar
         many, root = arrays, int(rng.integers(2**32))
 
         def one(name: str) -> np.ndarray:
-            array = many[name]
-            return jittered({name: array}, np.random.default_rng([root, crc32(name.encode())]), units).get(name, array)
+            own, array = np.random.default_rng([root, crc32(name.encode())]), widened(many[name])
+            flat, moved = array.reshape(-1), np.empty(array.shape, array.dtype)
+            for start in range(0, flat.size, STRETCH):
+                part = flat[start : start + STRETCH]
+                moved.reshape(-1)[start : start + STRETCH] = jittered({name: part}, own, units).get(name, part)
+            return moved
 
         return Lazy(many, one)
     moved = {}
