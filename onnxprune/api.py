@@ -156,7 +156,7 @@ def prune(
     group keeps, residual branches apart.  Groups that the inputs do
     not exercise stay whole.  align: kept units are a multiple of it.  Deterministic for a seed.
     memory: bytes of weights to hold at once; a model with more of them in other files is read a tensor at a time and proven part by
-    part, which calibration, compensation and branches cannot do (if not given 512 MiB, with those 2 GiB).
+    part, which calibration and compensation cannot do (if not given 512 MiB, with those 2 GiB).
 
     Raises OnnxPruneError for bad input (exit code 2), where nothing can be pruned (3) and where the proof fails (4).
 
@@ -180,7 +180,7 @@ def prune(
         raise OnnxPruneError(f"steps is {steps}; it is a number of rounds, 1 at least")
     if align < 1:
         raise OnnxPruneError(f"align is {align}; it is a number of units, 1 at least")
-    whole = _takes_all(criterion, allocation, compensation, granularity, given or free, steps)
+    whole = _takes_all(criterion, allocation, compensation, given or free, steps)
     loaded = _load(model, feeds, input_shapes, progress, AT_ONCE if memory is None and whole else memory)
     if whole:
         loaded.external.need_memory(loaded.name, whole)
@@ -381,14 +381,13 @@ def _load(model: Source, feeds: Arrays | None, input_shapes: Shapes | None, prog
     return loaded
 
 
-def _takes_all(criterion: str, allocation: str, compensation: str, granularity: str, calibrated: bool, steps: int) -> str:
+def _takes_all(criterion: str, allocation: str, compensation: str, calibrated: bool, steps: int) -> str:
     """The option that takes all weights at once; "" where one tensor at a time is enough."""
     wrong = {
         "--calibration": calibrated,
         f"--criterion {criterion}": criterion not in criteria.names(),
         f"--allocation {allocation}": allocation in (*MEASURED, "auto"),
         f"--compensation {compensation}": compensation != "none",
-        f"--granularity {granularity}": granularity in ("block", "all"),
         f"--steps {steps}": steps > 1,
     }
     return next((what for what, bad in wrong.items() if bad), "")

@@ -91,6 +91,18 @@ def test_it_is_proven_in_parts_as_it_is_in_one(tmp_path: Path) -> None:
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("granularity", ["block", "all", "head"])
+def test_branches_go_and_are_proven_in_parts(tmp_path: Path, granularity: str) -> None:
+    path = decoder(tmp_path, layers=4)
+    whole, parts = (onnxprune.prune(path, 0.3, granularity=granularity, memory=memory) for memory in (2**30, LITTLE))
+    assert whole.plan.to_json()["groups"] == parts.plan.to_json()["groups"]
+    assert parts.proof is not None
+    assert parts.proof.masked is not None
+    for name, result in (("whole.onnx", whole), ("parts.onnx", parts)):
+        result.save(tmp_path / name)
+    assert same(arrays(tmp_path / "whole.onnx"), arrays(tmp_path / "parts.onnx"))
+
+
 def test_a_wrong_group_is_found_in_parts(tmp_path: Path) -> None:
     grouping = group(load(decoder(tmp_path), memory=LITTLE))
     wrong = next(g for g in grouping.groups if any(m.tensor == "layers.1.down" and m.axis == 0 for m in g.members))
@@ -283,7 +295,6 @@ def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> None:
         ["--calibration", "noise"],
         ["--compensation", "merge"],
         ["--criterion", "obs", "--calibration", "none"],
-        ["--granularity", "all"],
         ["--allocation", "auto", "--calibration", "noise"],
         ["--eval", "noise"],
         ["--steps", "2"],
