@@ -196,7 +196,7 @@ def prune(
         if not rotated.scores:
             reason = next(iter(rotated.skipped.values()), "it has no groups of channels")
             raise OnnxPruneError(f"{loaded.name}: none of its streams can be turned into principal components ({reason}); try obs", 3)
-        turned = replace(load(rotated.model, feeds, loaded.input_shapes), name=loaded.name)
+        turned = replace(load(rotated.model, feeds, loaded.input_shapes), name=loaded.name, external=loaded.external)
         grouping, proof, bench = certified(at_granularity(group(turned, allow_io), granularity), feeds, seed, verify, progress)
         study = replace(study, grouping=grouping, known=rotated.scores_in(grouping), finish=rotated.rescaled)
     chosen, shares = may_go(grouping, scope, exclude, layer_ratios or {})

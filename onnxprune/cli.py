@@ -547,15 +547,16 @@ def bench(
     onnxprune bench model.onnx smaller.onnx --batch 8
     """
     from onnxprune.benchmark import benchmark, table
+    from onnxprune.external import IN_MEMORY
     from onnxprune.importer import load
     from onnxprune.shapes import seeded_feeds
 
     def macs(path: str, arrays: Mapping[str, np.ndarray]) -> int | None:
-        return _macs(load(path, arrays))
+        return _macs(load(path, arrays, memory=IN_MEMORY))
 
     given = read_feeds(feeds)
     if given is None and batch is None:
-        first = load(models[0], None, read_shapes(shapes))
+        first = load(models[0], None, read_shapes(shapes), IN_MEMORY)
         given = seeded_feeds(first.proto, first.input_shapes)
     with _progress(quiet) as say:
         measured = benchmark(

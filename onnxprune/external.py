@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import onnx.external_data_helper
 from onnx import ModelProto, TensorProto, helper
 
 from onnxprune.errors import OnnxPruneError
+from onnxprune.scopes import all_graphs, subgraphs
 
 IN_MEMORY = 2**29  # bytes of weights that are read at once, unless said otherwise: all that is done to them takes ten times as much
 AT_ONCE = 2**31 - 1  # the same where something takes all of them at once
@@ -90,7 +90,7 @@ def attach(proto: ModelProto, folder: Path, name: str, limit: int = AT_ONCE) -> 
 
     Raises OnnxPruneError where a file is missing, too short or outside of the model's folder.
     """
-    stored = list(onnx.external_data_helper._get_all_tensors(proto))
+    stored = list(_stored(proto))
     outside = [t for t in stored if t.data_location == TensorProto.EXTERNAL]
     if not outside:
         return External(limit=limit)
@@ -119,6 +119,22 @@ def attach(proto: ModelProto, folder: Path, name: str, limit: int = AT_ONCE) -> 
     return External(tuple(dict.fromkeys(path for _, path, *_ in found)), size, places, limit)
 
 
+def _stored(proto: ModelProto) -> Iterator[TensorProto]:
+    """Every tensor that a model stores, in bodies and functions too."""
+    for graph in all_graphs(proto.graph):
+        yield from graph.initializer
+    nodes = [node for graph in all_graphs(proto.graph) for node in graph.node]
+    for inner in (
+        inner for function in proto.functions for node in function.node for body in subgraphs(node) for inner in all_graphs(body)
+    ):
+        yield from inner.initializer
+        nodes.extend(inner.node)
+    for attribute in (a for node in (*nodes, *(n for f in proto.functions for n in f.node)) for a in node.attribute):
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+
+
 def available() -> int:
     """Bytes of memory that a process may still take, as far as Linux says (of the machine, and of the control group)."""
     found = [2**63]
@@ -143,6 +159,10 @@ def _located(tensor: TensorProto, folder: Path, name: str) -> tuple[Path, int, i
     entries, where = {e.key: e.value for e in tensor.external_data}, f"{name}: the data of tensor '{tensor.name}'"
     location = entries.get("location", "")
     path = folder / location
+    if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+        raise OnnxPruneError(
+            f"{where} is in '{location}', a link to outside of the model's folder, which is not followed; copy the file there"
+        )
     if not location or Path(location).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
         raise OnnxPruneError(f"{where} is said to be in '{location}', not in the model's own folder, and is not read; export it again")
     if not path.is_file():

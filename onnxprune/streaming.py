@@ -91,15 +91,16 @@ def skeleton(proto: ModelProto, layout: Layout) -> ModelProto:
 
 
 class Meter:
-    """Says how many bytes are written, how fast, and how long the rest takes."""
+    """Says how many bytes are written, how fast, and how long the rest takes: every now and then, and when all are."""
 
     def __init__(self, total: int, say: Progress | None) -> None:
-        self._total, self._say, self._done, self._begin, self._last = total, say, 0, time.monotonic(), 0.0
+        self._total, self._say, self._done = total, say, 0
+        self._begin = self._last = time.monotonic()
 
     def add(self, count: int) -> None:
         self._done += count
         now = time.monotonic()
-        if self._say is None or now - self._last < EVERY:
+        if self._say is None or (now - self._last < EVERY and self._done < self._total):
             return
         self._last = now
         rate = self._done / max(now - self._begin, 1e-3)

@@ -251,7 +251,7 @@ def changed(path: Path, key: str, value: str) -> None:
         ("short", ["'w2'", "cut short", "m.data"]),
         ("parent", ["'w1'", "../secret", "not in the model's own folder"]),
         ("absolute", ["'w1'", "/etc/hostname", "not in the model's own folder"]),
-        ("link", ["'w1'", "m.data", "not in the model's own folder"]),
+        ("link", ["'w1'", "m.data", "a link to outside of the model's folder"]),
         ("length", ["'w1'", "512 bytes", "131072"]),
         ("offset", ["'w1'", "no number"]),
         ("negative", ["'w1'", "byte -4"]),
