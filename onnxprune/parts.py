@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxprune.assembly import copy_field
 from onnxprune.errors import OnnxPruneError
-from onnxprune.running import Arrays, as_float32, first_line, session, widened
+from onnxprune.running import Arrays, as_float32, first_line, session, taken_outside, widened
 from onnxprune.scopes import captured
 
 Values = Callable[[str], np.ndarray]  # the values of a tensor that stands elsewhere
@@ -44,7 +44,16 @@ class Parts:
         self._proto = as_float32(without(proto, set(outside)))
         self._inside = {t.name: t for t in self._proto.graph.initializer}
         places = {next(o for o in node.output if o): i for i, node in enumerate(order) if any(node.output)}
-        nodes = sorted(self._proto.graph.node, key=lambda node: places.get(next((o for o in node.output if o), ""), -1))
+        fixed = {
+            node.output[0]: a.t
+            for node in self._proto.graph.node
+            if node.op_type == "Constant"
+            for a in node.attribute
+            if a.name == "value"
+        }
+        self._inside |= {name: _named(tensor, name) for name, tensor in fixed.items()}
+        free = [node for node in self._proto.graph.node if not (node.output and node.output[0] in fixed)]
+        nodes = sorted(free, key=lambda node: places.get(next((o for o in node.output if o), ""), -1))
         self._wanted = {*(v.name for v in self._proto.graph.output), *watch}
         self.parts = self._cut(nodes, outside, limit)
 
@@ -76,12 +85,11 @@ class Parts:
         changed = arrays if arrays is not None else {}
         state = {k: widened(v) for k, v in feeds.items()}
         for number, part in enumerate(self.parts):
-            read = sorted(set().union(*(_read(node) for node in part.nodes)) & set(self._inside) & set(changed))
-            given = {name: state[name] for name in part.reads if name in state} | {name: widened(changed[name]) for name in read}
-            state |= self._ran(part, given, changed)
+            state |= self._ran(part, {name: state[name] for name in part.reads if name in state}, changed)
             needed = self._wanted.union(*(other.reads for other in self.parts[number + 1 :]))
             state = {name: array for name, array in state.items() if name in needed}
-        return {name: array for name, array in state.items() if name in self._wanted}
+        held = {name: numpy_helper.to_array(self._inside[name]) for name in self._wanted & set(self._inside)}
+        return held | {name: array for name, array in state.items() if name in self._wanted}
 
     def _ran(self, part: _Part, given: Arrays, changed: Arrays) -> Arrays:
         if not part.makes:
@@ -89,10 +97,12 @@ class Parts:
         weights = {name: changed[name] if name in changed else self._values(name) for name in part.weights}
         weights = {name: np.ascontiguousarray(widened(array)) for name, array in weights.items()}
         proto = ModelProto(ir_version=max(self._proto.ir_version, 4), opset_import=self._proto.opset_import)
-        graph, arrays = proto.graph, {**given, **weights}
+        graph = proto.graph
         graph.name = "part"
         graph.node.extend(part.nodes)
         read = set().union(*(_read(node) for node in part.nodes))
+        anew = (read & set(self._inside) & set(changed)) | taken_outside(graph, changed)
+        arrays = {**given, **weights, **{name: widened(changed[name]) for name in sorted(anew)}}
         graph.initializer.extend(self._inside[name] for name in sorted(read & set(self._inside) - set(arrays)))
         for name, array in arrays.items():
             kind = helper.np_dtype_to_tensor_dtype(array.dtype)
@@ -111,6 +121,13 @@ class Parts:
 
 def _read(node: NodeProto) -> set[str]:
     return (set(node.input) | captured(node)) - {""}
+
+
+def _named(tensor: TensorProto, name: str) -> TensorProto:
+    copy = TensorProto()
+    copy.CopyFrom(tensor)
+    copy.name = name
+    return copy
 
 
 def without(proto: ModelProto, names: set[str]) -> ModelProto:

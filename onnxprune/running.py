@@ -190,13 +190,7 @@ class Runner:
         graph.node.extend(
             n for n in self._proto.graph.node if not (n.op_type == "Constant" and n.output[0] in self._names and n.output[0] in found)
         )
-        for body in (body for node in graph.node for inner in subgraphs(node) for body in all_graphs(inner)):
-            for i in reversed(range(len(body.initializer))):  # what bodies hold, they now take from outside
-                if body.initializer[i].name in self._names:
-                    del body.initializer[i]
-            for i in reversed(range(len(body.node))):
-                if body.node[i].op_type == "Constant" and body.node[i].output[0] in self._names:
-                    del body.node[i]
+        taken_outside(graph, self._names)
         for name in sorted(self._names):
             tensor = found[name]
             self._values[name] = numpy_helper.to_array(tensor)
@@ -220,6 +214,21 @@ class Runner:
                 if name in changed:
                     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(changed[name]), tensor.name))
         return _run(session(proto), given)
+
+
+def taken_outside(graph: GraphProto, names: Collection[str]) -> set[str]:
+    """Take tensors out of the bodies in a graph, which then read them from outside; those of the names that there were."""
+    found: set[str] = set()
+    for body in (body for node in graph.node for inner in subgraphs(node) for body in all_graphs(inner)):
+        for i in reversed(range(len(body.initializer))):
+            if body.initializer[i].name in names:
+                found.add(body.initializer[i].name)
+                del body.initializer[i]
+        for i in reversed(range(len(body.node))):
+            if body.node[i].op_type == "Constant" and body.node[i].output[0] in names:
+                found.add(body.node[i].output[0])
+                del body.node[i]
+    return found
 
 
 def _run(sess: ort.InferenceSession, feeds: Arrays) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from conftest import ROOT, Command, two_layers
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 import onnxprune
 from onnxprune import external, writing
@@ -89,6 +89,29 @@ def test_it_is_proven_in_parts_as_it_is_in_one(tmp_path: Path) -> None:
     logits = ort.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"]).run(None, feeds)[0]
     expected = ort.InferenceSession(whole.model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("body", [False, True])
+def test_tensors_of_constant_nodes_and_of_bodies_move_too(tmp_path: Path, body: bool) -> None:
+    """x -> MatMul -> + b1 -> Relu -> MatMul, where b1 is a Constant's, of the main graph or in the branches of an If."""
+    model = two_layers(256, 128, 128)
+    bias = model.graph.initializer.pop(1)
+    constant = helper.make_node("Constant", [], ["b1"], value=bias)
+    if body:
+        kind = helper.make_tensor_value_info("b", TensorProto.FLOAT, None)
+        add, kept = helper.make_node("Add", ["h", "b1"], ["b"]), model.graph.node[1]
+        then = helper.make_graph([constant, add], "then", [], [kind])
+        other = helper.make_graph([helper.make_node("Identity", ["h"], ["c"])], "else", [], [helper.make_tensor_value_info("c", 1, None)])
+        model.graph.node.remove(kept)
+        model.graph.node.insert(1, helper.make_node("If", ["condition"], ["b"], then_branch=then, else_branch=other))
+        model.graph.input.append(helper.make_tensor_value_info("condition", TensorProto.BOOL, []))
+    else:
+        model.graph.node.insert(0, constant)
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=4096)
+    parts = onnxprune.prune(tmp_path / "m.onnx", 0.4, memory=LITTLE)
+    assert any(m.tensor.startswith("b1") for g in parts.plan.groups for m in g.members)
+    assert parts.proof is not None
+    assert parts.proof.proven == tuple(g.id for g in parts.plan.groups)
 
 
 @pytest.mark.parametrize("granularity", ["block", "all", "head"])
