@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from onnxprune.allocations import (
     DISTORTION,
     LATENCY,
+    MEASURED,
     Choice,
     Limits,
     check_allocation,
@@ -23,13 +24,15 @@ from onnxprune.allocations import (
 )
 from onnxprune.branches import with_branches
 from onnxprune.calibration import read_calibration
-from onnxprune.certificate import Bench, Proof, certify, prepare
+from onnxprune.certificate import Bench, Proof, certify, prepare, runner
 from onnxprune.compensation import TURNING, check_compensation
 from onnxprune.compensation import compensation as compensations
 from onnxprune.cost import Cuts, Measure, counter
+from onnxprune.criteria import criterion as criteria
 from onnxprune.depth import Blocks, at_granularity, check_granularity, mixed
 from onnxprune.equivalence import influences
 from onnxprune.errors import OnnxPruneError, ProofError
+from onnxprune.external import AT_ONCE, IN_MEMORY
 from onnxprune.fidelity import Fidelity, fidelity
 from onnxprune.grouping import Grouping, group, without
 from onnxprune.importer import Model, load
@@ -38,7 +41,7 @@ from onnxprune.moves import Moves
 from onnxprune.plans import Plan, match, read_plan
 from onnxprune.quantized import Stored, counterparts, requantized, unquantized
 from onnxprune.reconstruction import Refit
-from onnxprune.rewriter import rewrite
+from onnxprune.rewriter import Widths, rewrite
 from onnxprune.rotation import Rotated, rotate
 from onnxprune.scoping import may_go
 from onnxprune.selection import PCA, Losses, Scores, check_criterion, in_steps, select
@@ -49,6 +52,7 @@ from onnxprune.tensorrt import Support, check_introduced
 from onnxprune.tensorrt import check as supported
 from onnxprune.tiles import Align, check_align, ladder
 from onnxprune.verification import check_model, compare, prove_surgery
+from onnxprune.writing import write_model
 
 Source = str | os.PathLike[str] | ModelProto
 Arrays = Mapping[str, np.ndarray]
@@ -67,6 +71,7 @@ class Result:
     without compensation and with it.  support: what TensorRT does not take of the original, where that is the target.
     macs, parameters: (before, after); reached: share of the budget that went; on_budget: within a point of what was asked, a latency
     within five percent; latency: seconds (before, after), where that was the budget.
+    model: where weights were left in other files, as they exceed `memory`, those of the result have no values in it: `save` it.
     """
 
     model: ModelProto = field(repr=False)
@@ -80,6 +85,20 @@ class Result:
     fidelity: tuple[Fidelity, Fidelity] | None = field(default=None, repr=False)
     support: Support | None = field(default=None, repr=False)
     latency: tuple[float, float] | None = None
+
+    def save(self, path: str | os.PathLike[str], *, shard_size: int | None = None, progress: Progress | None = None) -> None:
+        """Write the model, whole or not at all; weights go to PATH.data where the original's stand in other files, or over 2 GiB.
+
+        shard_size: bytes of each data file at most (PATH-00001-of-00004.data, …).  Raises OnnxPruneError where the disk does not take it.
+        """
+        original, widths = self.plan.grouping.model, Widths(self.plan.grouping, self.plan.remove)
+
+        def pieces(name: str) -> Iterator[np.ndarray]:
+            place = original.external.places[name]
+            return place.rows(widths.masks(name, len(place.shape)))
+
+        files = original.external.files
+        write_model(self.model, path, pieces=pieces, external=bool(files), shard_size=shard_size, inputs=files, progress=progress)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -103,6 +122,7 @@ def groups(
     input_shapes: Shapes | None = None,
     allow_io: Sequence[str] = (),
     verify: bool = True,
+    memory: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Grouping:
@@ -110,8 +130,8 @@ def groups(
 
     Raises OnnxPruneError for bad input (exit code 2) and where onnxruntime cannot run the model (4).
     """
-    found = with_branches(group(_load(model, feeds, input_shapes, progress), allow_io))
-    return certify(found, feeds, seed, progress=progress)[0] if verify and found.groups else found
+    found = with_branches(group(_load(model, feeds, input_shapes, progress, memory), allow_io))
+    return certified(found, feeds, seed, verify, progress)[0]
 
 
 def plan(model: Source, ratio: float, **options: Any) -> Plan:
@@ -145,6 +165,7 @@ def prune(
     threads: int = 1,
     timer: Timer | None = None,
     verify: bool = True,
+    memory: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -164,6 +185,8 @@ def prune(
     `cpu`, `tensorrt` or `cuda` chooses it for each group, as coarse as the group and the budget allow.
     Latency is measured on this machine with onnxruntime's `provider` and `threads` (or by a `timer` of your own), and the
     widths are those at which its kernels are fast.  Everything else is deterministic for a seed.
+    memory: bytes of weights to hold at once; a model with more of them in other files is read a tensor at a time and proven part by
+    part, which calibration and compensation cannot do (if not given 512 MiB, with those 2 GiB).
 
     Raises OnnxPruneError for bad input (exit code 2), where nothing can be pruned (3) and where the proof fails (4).
 
@@ -188,17 +211,20 @@ def prune(
     check_align(align, target)
     if of == LATENCY and timer is None:
         check_device(provider, threads)
-    loaded = _load(model, feeds, input_shapes, progress)
+    whole = _takes_all(of, criterion, allocation, compensation, given or free, steps)
+    loaded = _load(model, feeds, input_shapes, progress, AT_ONCE if memory is None and whole else memory)
+    if whole:
+        loaded.external.need_memory(loaded.name, whole)
     source = "none" if calibration is None else calibration
     data = read_calibration(source, loaded, preprocess=preprocess, limit=samples, seed=seed)
     found = at_granularity(group(loaded, allow_io), granularity)
-    grouping, proof, bench = _certified(found, feeds, seed, verify, progress)
+    grouping, proof, bench = certified(found, feeds, seed, verify, progress)
     _some(grouping)
     idle = set(proof.unexercised) if proof else set()
     stored: Stored | None = None
-    whole = unquantized(loaded.proto) if criterion != PCA else None
-    if whole is not None:
-        inner = at_granularity(group(load(whole, feeds, loaded.input_shapes), allow_io), granularity)
+    floats = unquantized(loaded.proto) if criterion != PCA else None
+    if floats is not None:
+        inner = at_granularity(group(load(floats, feeds, loaded.input_shapes), allow_io), granularity)
         numbers = counterparts(inner, grouping)
         if numbers:  # choose and fit in floats; cut and prove what the file holds
             stored = Stored(grouping, proof, bench, numbers)
@@ -211,8 +237,8 @@ def prune(
         if not rotated.scores:
             reason = next(iter(rotated.skipped.values()), "it has no groups of channels")
             raise OnnxPruneError(f"{loaded.name}: none of its streams can be turned into principal components ({reason}); try obs", 3)
-        turned = replace(load(rotated.model, feeds, loaded.input_shapes), name=loaded.name)
-        grouping, proof, bench = _certified(at_granularity(group(turned, allow_io), granularity), feeds, seed, verify, progress)
+        turned = replace(load(rotated.model, feeds, loaded.input_shapes), name=loaded.name, external=loaded.external)
+        grouping, proof, bench = certified(at_granularity(group(turned, allow_io), granularity), feeds, seed, verify, progress)
         study = replace(study, grouping=grouping, known=rotated.scores_in(grouping), finish=rotated.rescaled)
     named = stored.grouping if stored else grouping  # globs speak of the file's own names
     chosen, shares = may_go(named, scope, exclude, layer_ratios or {})
@@ -310,6 +336,7 @@ def apply(
     feeds: Arrays | None = None,
     input_shapes: Shapes | None = None,
     verify: bool = False,
+    memory: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -317,7 +344,7 @@ def apply(
 
     Raises OnnxPruneError (exit code 2) where the plan does not fit the model.
     """
-    return _apply(model, plan, feeds, input_shapes, verify, seed, progress)[0]
+    return _apply(model, plan, feeds, input_shapes, verify, seed, progress, memory)[0]
 
 
 def verify(
@@ -328,6 +355,7 @@ def verify(
     feeds: Arrays | None = None,
     input_shapes: Shapes | None = None,
     allow_io: Sequence[str] = (),
+    memory: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Proof:
@@ -337,18 +365,20 @@ def verify(
     Raises OnnxPruneError: exit code 2 where the plan does not fit the model, 4 where the proof fails.
     """
     if plan is not None:
-        result, bench = _apply(model, plan, feeds, input_shapes, True, seed, progress)
+        result, bench = _apply(model, plan, feeds, input_shapes, True, seed, progress, memory)
         if result.proof is None or bench is None:
             raise OnnxPruneError("the model has no groups; there is nothing to prove", 3)
         if pruned is None:
             return result.proof
-        moves = Moves(result.plan.grouping, after=result.plan.remove)
-        return replace(result.proof, matches=compare(bench, result.model, load(pruned).proto, moves))
-    found = with_branches(group(_load(model, feeds, input_shapes, progress), allow_io))
+        return replace(
+            result.proof, matches=compare(bench, result.plan, result.model, load(pruned, memory=IN_MEMORY if memory is None else memory))
+        )
+    found = with_branches(group(_load(model, feeds, input_shapes, progress, memory), allow_io))
     _some(found)
     _, proof, bench = certify(found, feeds, seed, progress=progress)
     if pruned is not None:
-        check_model(bench, load(pruned).proto)
+        other = load(pruned, memory=IN_MEMORY if memory is None else memory)
+        check_model(bench, other.proto, ready=runner(other))
     return proof
 
 
@@ -358,6 +388,7 @@ def planned(
     feeds: Arrays | None = None,
     input_shapes: Shapes | None = None,
     progress: Progress | None = None,
+    memory: int | None = None,
 ) -> Plan:
     """A plan on the model it was made for, or on a fine-tuned sister.
 
@@ -367,11 +398,11 @@ def planned(
     options = content.get("options") or {}
     sizes = {k: tuple(v) for k, v in (options.get("input_shapes") or {}).items()}
     try:
-        loaded = _load(model, feeds, input_shapes or ({} if feeds else sizes), progress)
+        loaded = _load(model, feeds, input_shapes or ({} if feeds else sizes), progress, memory)
     except OnnxPruneError:
         if feeds or input_shapes or not sizes:
             raise
-        loaded = _load(model, None, None, progress)  # the plan's shapes do not fit: `match` says what else does not
+        loaded = _load(model, None, None, progress, memory)  # the plan's shapes do not fit: `match` says what else does not
     found = group(loaded, options.get("allow_io") or ())
     if any(entry["units"] == 1 and entry.get("remove") for entry in content["groups"]):
         found = with_branches(found)
@@ -386,11 +417,12 @@ def _apply(
     verify: bool,
     seed: int,
     progress: Progress | None,
+    memory: int | None,
 ) -> tuple[Result, Bench | None]:
-    made = planned(model, plan, feeds, input_shapes, progress)
+    made = planned(model, plan, feeds, input_shapes, progress, memory)
     proof, bench = None, None
     if verify:
-        grouping, proof, bench = _certified(made.grouping, feeds, seed, True, progress)
+        grouping, proof, bench = certified(made.grouping, feeds, seed, True, progress)
         lost = [i for i in made.remove if proof and i in proof.frozen]
         if lost and proof:
             tensor = next(g.members[0].tensor for g in made.groups if g.id == lost[0])
@@ -401,9 +433,26 @@ def _apply(
     return _finish(made, proof, bench, True, progress), bench
 
 
-def _load(model: Source, feeds: Arrays | None, input_shapes: Shapes | None, progress: Progress | None) -> Model:
+def _load(model: Source, feeds: Arrays | None, input_shapes: Shapes | None, progress: Progress | None, memory: int | None) -> Model:
     _say(progress, "reading the model")
-    return load(model, feeds, input_shapes)
+    loaded = load(model, feeds, input_shapes, IN_MEMORY if memory is None else memory)
+    for name, tensor in loaded.tensors.items():
+        if tensor.data_location == TensorProto.EXTERNAL and name not in loaded.external.places:
+            raise OnnxPruneError(f"{loaded.name}: tensor '{name}' stands in another file, which only a path tells; give the model's path")
+    return loaded
+
+
+def _takes_all(of: str, criterion: str, allocation: str, compensation: str, calibrated: bool, steps: int) -> str:
+    """The option that takes all weights at once; "" where one tensor at a time is enough."""
+    wrong = {
+        "--of latency": of == LATENCY,
+        "--calibration": calibrated,
+        f"--criterion {criterion}": criterion not in criteria.names(),
+        f"--allocation {allocation}": allocation in (*MEASURED, "auto"),
+        f"--compensation {compensation}": compensation != "none",
+        f"--steps {steps}": steps > 1,
+    }
+    return next((what for what, bad in wrong.items() if bad), "")
 
 
 def _say(progress: Progress | None, text: str) -> None:
@@ -411,9 +460,10 @@ def _say(progress: Progress | None, text: str) -> None:
         progress(text)
 
 
-def _certified(
+def certified(
     grouping: Grouping, feeds: Arrays | None, seed: int, verify: bool, progress: Progress | None
 ) -> tuple[Grouping, Proof | None, Bench | None]:
+    """The groups that pass their proof, the proof, and what it ran on; as they are, with None, where none is asked for."""
     if not verify or not grouping.groups:
         return grouping, None, None
     return certify(grouping, feeds, seed, progress=progress)

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+from onnx import ModelProto
 
 from onnxprune.equivalence import UNSEEN, certify_blocks, influences
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Group, Grouping, without
 from onnxprune.importer import FLOATS, Model
 from onnxprune.moves import Moves, permuted
-from onnxprune.running import LEAST, MOST, Arrays, Runner, distance, jittered, widened
+from onnxprune.parts import Parts
+from onnxprune.rewriter import Widths
+from onnxprune.running import LEAST, MOST, Arrays, Lazy, Runner, Runs, distance, jittered, some, widened
 from onnxprune.shapes import seeded_feeds
 
 Progress = Callable[[str], None]
+SHARE = 8  # of the memory for weights, one part of a model that runs in parts: a part is held as it was, permuted and masked
 MARGIN = 16  # units in the last place that a group's weights must be able to move where rounding alone moves the outputs
 
 
@@ -64,7 +68,7 @@ class Bench:
     """
 
     model: Model
-    runner: Runner
+    runner: Runs
     feeds: Arrays
     arrays: Arrays
     reference: Arrays
@@ -74,6 +78,17 @@ class Bench:
     @property
     def watch(self) -> list[str]:
         return behind_integers(self.model)
+
+    def opened(self, proto: ModelProto, widths: Widths, names: Collection[str] = (), arrays: Arrays | None = None) -> Runs:
+        """A model made of the original by `widths`, ready to run with the tensors `names` changed; arrays: values that it was made of."""
+        if not isinstance(self.runner, Parts):
+            return Runner(proto, names, watch=self.watch)
+        before, model = self.arrays if arrays is None else arrays, self.model
+
+        def values(name: str) -> np.ndarray:
+            return widths.cut(name, before[name] if name in before else model.array(name))
+
+        return Parts(proto, proto.graph.node, self.runner.limit, values, self.watch)
 
     @property
     def tolerance(self) -> float:
@@ -94,24 +109,32 @@ def prepare(grouping: Grouping, feeds: Arrays | None = None, seed: int = 0) -> B
     """
     model = grouping.model
     names = sorted({m.tensor for g in grouping.groups for m in g.members})
-    runner = Runner(model.proto, names, watch=behind_integers(model))
-    arrays = {name: model.array(name) for name in names}
+    ready = runner(model, names)
+    arrays: Arrays = Lazy(names, model.array) if model.external.places else {name: model.array(name) for name in names}
     if feeds is not None:
         try:
-            return _bench(grouping, runner, feeds, arrays, seed)
+            return _bench(grouping, ready, feeds, arrays, seed)
         except OnnxPruneError as error:
             raise OnnxPruneError(str(error), 2) from error
     seeded = seeded_feeds(model.proto, model.input_shapes, seed)
-    best = _bench(grouping, runner, seeded, arrays, seed)
+    best = _bench(grouping, ready, seeded, arrays, seed)
     for scale in _SCALES:  # outputs that normal inputs drive into saturation are all rounding
         if 5 * best.rounding <= MOST:
             break
         try:
-            other = _bench(grouping, runner, {k: _scaled(v, scale) for k, v in seeded.items()}, arrays, seed)
+            other = _bench(grouping, ready, {k: _scaled(v, scale) for k, v in seeded.items()}, arrays, seed)
         except OnnxPruneError:
             continue
         best = min(best, other, key=lambda bench: bench.rounding)
     return best
+
+
+def runner(model: Model, names: Sequence[str] = ()) -> Runs:
+    """What runs a model with the tensors `names` changed: part by part where its weights were left in other files."""
+    watch = behind_integers(model)
+    if not model.external.places:
+        return Runner(model.proto, names, watch=watch)
+    return Parts(model.proto, model.main, model.external.limit // SHARE, model.array, watch)
 
 
 _SCALES: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
@@ -126,14 +149,14 @@ def _scaled(array: np.ndarray, scale: Callable[[np.ndarray], np.ndarray]) -> np.
     return scale(array.astype(np.float32)).astype(array.dtype) if floats else array
 
 
-def _bench(grouping: Grouping, runner: Runner, feeds: Arrays, arrays: Arrays, seed: int) -> Bench:
+def _bench(grouping: Grouping, ready: Runs, feeds: Arrays, arrays: Arrays, seed: int) -> Bench:
     model = grouping.model
     try:
-        reference = runner.run(feeds)
+        reference = ready.run(feeds)
     except OnnxPruneError as error:
         shapes = ", ".join(f"{k} {list(np.shape(v))}" for k, v in feeds.items())
         raise OnnxPruneError(f"{model.name}: {error}; with {shapes}; give --feeds or --input-shape", error.exit_code) from error
-    bench = Bench(model, runner, feeds, arrays, reference, 0.0)
+    bench = Bench(model, ready, feeds, arrays, reference, 0.0)
     rng = np.random.default_rng([seed, 1])
     still = Moves(grouping)
     rounding = max(bench.gap(jittered(arrays, rng), still) for _ in range(2)) if arrays else 0.0
@@ -229,7 +252,7 @@ def certify(
     idle += tuple(i for i, lost in influence.items() if lost <= UNSEEN)
     open_ += tuple(b.id for b in blocks if b.id not in influence)
     names = {m.tensor for g in (*groups, *blocks) for m in g.members}
-    bench = replace(bench, arrays={k: v for k, v in bench.arrays.items() if k in names})
+    bench = replace(bench, arrays=some(bench.arrays, names))
     proof = Proof(bench.rounding, bench.tolerance, worst, proven, idle, open_, failed, influence=influence)
     return certified, proof, bench
 
@@ -240,7 +263,7 @@ def _permuted_gap(bench: Bench, grouping: Grouping, seed: int, part: list[Group]
 
 def _jittered_gap(bench: Bench, grouping: Grouping, seed: int, part: list[Group]) -> float:
     names = sorted({m.tensor for g in part for m in g.members})
-    moved = jittered({name: bench.arrays[name] for name in names}, np.random.default_rng([seed, 2]), MARGIN)
+    moved = jittered(some(bench.arrays, names), np.random.default_rng([seed, 2]), MARGIN)
     return bench.gap(moved, Moves(grouping))
 
 
@@ -305,7 +328,7 @@ def _weight(model: Model, group: Group) -> int:
     return sum(math.prod(model.tensors[m.tensor].dims) for m in group.members)
 
 
-def _wrongly_permuted(bench: Bench, group: Group, seed: int) -> list[dict[str, np.ndarray]]:
+def _wrongly_permuted(bench: Bench, group: Group, seed: int) -> list[Arrays]:
     """Permutations of one group with one member left out, the largest weights first; noise where there is but one member."""
     tensors = bench.model.tensors
     weights = [m for m in group.members if tensors[m.tensor].data_type in FLOATS] or list(group.members)

@@ -23,10 +23,12 @@ from onnxprune.options import (
     FEEDS,
     GATES,
     JSON,
+    MEMORY,
     MODEL,
     PREPROCESS,
     QUIET,
     SEED,
+    SHARDS,
     TARGET,
     VERBOSE,
     VERIFY,
@@ -131,6 +133,8 @@ def main() -> None:
     click.option("--plan-out", metavar="FILE", help="Write the plan too."),
     VERIFY,
     DEVICE,
+    MEMORY,
+    SHARDS,
     JSON,
     QUIET,
     VERBOSE,
@@ -146,6 +150,7 @@ def prune(
     gates: dict[str, float],
     preprocess: str | None,
     plan_out: str | None,
+    shard_size: int | None,
     provider: str,
     threads: int,
     json_path: str | None,
@@ -163,8 +168,9 @@ def prune(
     from onnxprune import api
     from onnxprune.allocations import check_budget, check_ratio
     from onnxprune.depth import check_granularity
+    from onnxprune.external import AT_ONCE
     from onnxprune.gates import MISSED, check_known, judged
-    from onnxprune.writing import check_apart, check_target, write_model, write_text
+    from onnxprune.writing import check_apart, check_target, write_text
 
     check_ratio(ratio)
     check_budget(chosen["of"])
@@ -180,7 +186,9 @@ def prune(
     with _progress(quiet) as say:
         if preprocess is not None and evaluation is None and chosen["calibration"] is None:
             raise OnnxPruneError("--preprocess says how the samples of --calibration and --eval are used; give one of them")
-        compare = _evaluator(model, evaluation, preprocess, metric, given, read_shapes(shapes), chosen["seed"])
+        if evaluation is not None and chosen["memory"] is None:
+            chosen["memory"] = AT_ONCE
+        compare = _evaluator(model, evaluation, preprocess, metric, given, read_shapes(shapes), chosen["seed"], chosen["memory"] or AT_ONCE)
         result = api.prune(
             model,
             ratio,
@@ -198,7 +206,7 @@ def prune(
             say("evaluating")
             accuracy = compare(result.plan.grouping.model.proto, result.model)
         say("writing")
-        write_model(result.model, target)
+        result.save(target, shard_size=shard_size, progress=say)
         if plan_out:
             write_text(json.dumps(result.plan.to_json()), plan_out)
         timed = not quiet or "speedup" in gates
@@ -239,7 +247,7 @@ def prune(
 
 
 def _evaluator(
-    model: str, source: str | None, preprocess: str | None, metric: str | None, feeds: Any, shapes: Any, seed: int
+    model: str, source: str | None, preprocess: str | None, metric: str | None, feeds: Any, shapes: Any, seed: int, memory: int
 ) -> Callable[[Any, Any], Evaluation] | None:
     """What compares both models on the samples of --eval, which are looked at before any work is done; None without them."""
     if source is None:
@@ -251,7 +259,9 @@ def _evaluator(
     from onnxprune.importer import load
     from onnxprune.userfunctions import user_function
 
-    samples = read_calibration(source, load(model, feeds, shapes), preprocess=preprocess, seed=seed + 1)  # other noise than for calibration
+    loaded = load(model, feeds, shapes, memory)
+    loaded.external.need_memory(loaded.name, "--eval")
+    samples = read_calibration(source, loaded, preprocess=preprocess, seed=seed + 1)  # other noise than for calibration
     if not samples.count:
         raise OnnxPruneError(f"--eval {source}: has no samples")
     measure = user_function(metric) if metric else None
@@ -267,6 +277,9 @@ def _measure(files: list[str], result: Any, feeds: Any, provider: str, threads: 
     from onnxprune.shapes import seeded_feeds
 
     model: Any = result.plan.grouping.model
+    if model.external.places:
+        click.echo(f"no benchmark: the weights are more than --memory; `onnxprune bench {files[0]} {files[1]}` runs both", err=True)
+        return []
     given = seeded_feeds(model.proto, model.input_shapes)
     if feeds is not None:
         given = {name: np.asarray(feeds[name]).astype(array.dtype) for name, array in given.items()}
@@ -290,7 +303,7 @@ def _macs(model: Any) -> int:
 
 @main.command()
 @MODEL
-@options(FEEDS, SEED, ALLOW_IO, TARGET, VERIFY, JSON, QUIET, VERBOSE)
+@options(FEEDS, SEED, ALLOW_IO, TARGET, VERIFY, MEMORY, JSON, QUIET, VERBOSE)
 def groups(
     model: str,
     feeds: str | None,
@@ -299,6 +312,7 @@ def groups(
     allow_io: tuple[str, ...],
     target: str | None,
     verify: bool,
+    memory: int | None,
     json_path: str | None,
     quiet: bool,
     verbose: bool,
@@ -310,9 +324,9 @@ def groups(
     onnxprune groups model.onnx --json groups.json
     onnxprune groups model.onnx --target tensorrt      what TensorRT does not take of it, too
     """
-    from onnxprune.api import why_not
+    from onnxprune.api import certified, why_not
     from onnxprune.branches import with_branches
-    from onnxprune.certificate import certify
+    from onnxprune.external import IN_MEMORY
     from onnxprune.grouping import group
     from onnxprune.importer import load
     from onnxprune.tensorrt import check
@@ -325,9 +339,9 @@ def groups(
     given = read_feeds(feeds)
     with _progress(quiet) as say:
         say("reading the model")
-        found, proof = with_branches(group(load(model, given, read_shapes(shapes)), allow_io)), None
-        if verify and found.groups:
-            found, proof, _ = certify(found, given, seed, progress=say)
+        limit = IN_MEMORY if memory is None else memory
+        found = with_branches(group(load(model, given, read_shapes(shapes), limit), allow_io))
+        found, proof, _ = certified(found, given, seed, verify, say)
     support = check(found.model) if target == "tensorrt" else None
     _write_json(found.to_json() | ({"support": support.to_json()} if support else {}), json_path)
     if not quiet and json_path != "-":
@@ -357,6 +371,7 @@ def groups(
     SEED,
     VERIFY,
     DEVICE,
+    MEMORY,
     QUIET,
 )
 def plan(
@@ -408,6 +423,8 @@ def plan(
     FEEDS,
     SEED,
     click.option("--verify/--no-verify", default=False, help="Prove the result on this model (off by default)."),
+    MEMORY,
+    SHARDS,
     JSON,
     QUIET,
 )
@@ -419,6 +436,8 @@ def apply(
     shapes: tuple[str, ...],
     seed: int,
     verify: bool,
+    memory: int | None,
+    shard_size: int | None,
     json_path: str | None,
     quiet: bool,
 ) -> int:
@@ -428,13 +447,14 @@ def apply(
     onnxprune apply model.onnx plan.json -o smaller.onnx
     """
     from onnxprune import api
-    from onnxprune.writing import check_apart, check_target, write_model
+    from onnxprune.writing import check_apart, check_target
 
     target = check_target(output, model)
     check_apart(model, plan, output, json_path, feeds)
     with _progress(quiet) as say:
-        result = api.apply(model, plan, feeds=read_feeds(feeds), input_shapes=read_shapes(shapes), verify=verify, seed=seed, progress=say)
-        write_model(result.model, target)
+        sizes = read_shapes(shapes)
+        result = api.apply(model, plan, feeds=read_feeds(feeds), input_shapes=sizes, verify=verify, memory=memory, seed=seed, progress=say)
+        result.save(target, shard_size=shard_size, progress=say)
     _write_json({"model": model, "output": str(target), **result.to_json()}, json_path)
     if not quiet and json_path != "-":
         from onnxprune import report
@@ -489,7 +509,7 @@ def export_plan(model: str, plan: str, output: str, checkpoint: str | None, feed
 @main.command()
 @MODEL
 @click.argument("pruned", metavar="[PRUNED.onnx]", required=False)
-@options(click.option("--plan", metavar="FILE", help="The plan that made PRUNED.onnx."), FEEDS, SEED, ALLOW_IO, JSON, QUIET)
+@options(click.option("--plan", metavar="FILE", help="The plan that made PRUNED.onnx."), FEEDS, SEED, ALLOW_IO, MEMORY, JSON, QUIET)
 def verify(
     model: str,
     pruned: str | None,
@@ -498,6 +518,7 @@ def verify(
     shapes: tuple[str, ...],
     seed: int,
     allow_io: tuple[str, ...],
+    memory: int | None,
     json_path: str | None,
     quiet: bool,
 ) -> int:
@@ -517,6 +538,7 @@ def verify(
             feeds=read_feeds(feeds),
             input_shapes=read_shapes(shapes),
             allow_io=allow_io,
+            memory=memory,
             seed=seed,
             progress=say,
         )
@@ -560,15 +582,16 @@ def bench(
     onnxprune bench model.onnx smaller.onnx --batch 8
     """
     from onnxprune.benchmark import benchmark, table
+    from onnxprune.external import IN_MEMORY
     from onnxprune.importer import load
     from onnxprune.shapes import seeded_feeds
 
     def macs(path: str, arrays: Mapping[str, np.ndarray]) -> int | None:
-        return _macs(load(path, arrays))
+        return _macs(load(path, arrays, memory=IN_MEMORY))
 
     given = read_feeds(feeds)
     if given is None and batch is None:
-        first = load(models[0], None, read_shapes(shapes))
+        first = load(models[0], None, read_shapes(shapes), IN_MEMORY)
         given = seeded_feeds(first.proto, first.input_shapes)
     with _progress(quiet) as say:
         measured = benchmark(

@@ -14,8 +14,7 @@ from onnxprune.cost import Measure, counter
 from onnxprune.equivalence import WHOLE, distortion
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Grouping
-from onnxprune.rewriter import rewrite
-from onnxprune.running import Runner
+from onnxprune.rewriter import Widths, rewrite
 
 KINDS = {"channel": "channels", "head": "attention heads", "block": "residual branches", "all": "channels or residual branches"}
 MIXES = 6  # how many numbers of branches are tried before channels meet the budget
@@ -108,7 +107,7 @@ def mixed(
     for cut in prefixes:
         choice = widths(cut)
         try:
-            outputs = Runner(rewrite(grouping, choice.remove), watch=bench.watch).run(bench.feeds)
+            outputs = bench.opened(rewrite(grouping, choice.remove), Widths(grouping, choice.remove)).run(bench.feeds)
             change = distortion(bench.reference, outputs)
         except OnnxPruneError:
             change = float("inf")

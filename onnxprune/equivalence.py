@@ -12,8 +12,8 @@ from onnx import ModelProto
 
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Group, Grouping
-from onnxprune.rewriter import rewrite
-from onnxprune.running import Arrays, Runner, distance
+from onnxprune.rewriter import Widths, rewrite
+from onnxprune.running import Arrays, Lazy, Runs, distance
 
 if TYPE_CHECKING:
     from onnxprune.certificate import Bench
@@ -23,8 +23,11 @@ UNSEEN = 1e-12  # a millionth of a standard deviation, squared: an influence tha
 WHOLE = np.zeros(1, np.int64)  # the one unit of a branch
 
 
-def without_members(bench: Bench, blocks: Sequence[Group]) -> dict[str, np.ndarray]:
+def without_members(bench: Bench, blocks: Sequence[Group]) -> Arrays:
     """Zeros for every tensor of the blocks."""
+    if isinstance(bench.arrays, Lazy):
+        many = bench.arrays
+        return Lazy((m.tensor for block in blocks for m in block.members), lambda name: np.zeros_like(many[name]))
     return {m.tensor: np.zeros_like(bench.arrays[m.tensor]) for block in blocks for m in block.members}
 
 
@@ -38,7 +41,8 @@ def certify_blocks(bench: Bench, grouping: Grouping, blocks: Sequence[Group], sa
     def gap(part: Sequence[Group]) -> float:
         worst = 0.0
         try:
-            cut = _open(bench, rewrite(grouping, {b.id: WHOLE for b in part}))
+            gone = {b.id: WHOLE for b in part}
+            cut = _open(bench, rewrite(grouping, gone), Widths(grouping, gone))
             for feeds in (bench.feeds, bench.elsewhere):
                 if feeds is not None:
                     masked = bench.runner.run(feeds, without_members(bench, part))
@@ -63,10 +67,10 @@ def certify_blocks(bench: Bench, grouping: Grouping, blocks: Sequence[Group], sa
     return failed
 
 
-def _open(bench: Bench, cut: ModelProto) -> Runner:
+def _open(bench: Bench, cut: ModelProto, widths: Widths) -> Runs:
     """The cut model with the same tensors open as the original's: a constant weight may go another way, and round otherwise."""
     left = {t.name for t in cut.graph.initializer} | {n.output[0] for n in cut.graph.node if n.op_type == "Constant"}
-    return Runner(cut, left & set(bench.arrays), watch=bench.watch)
+    return bench.opened(cut, widths, left & set(bench.arrays))
 
 
 def levels(blocks: Sequence[Group]) -> list[list[Group]]:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx.checker
 import onnx.inliner
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from onnxprune import external
 from onnxprune.errors import OnnxPruneError
+from onnxprune.external import AT_ONCE, External
 from onnxprune.folding import Folded
 from onnxprune.scopes import all_graphs, captured, declared, flat, open_graphs, subgraphs, unique_names
 from onnxprune.shapes import infer
@@ -34,7 +35,8 @@ class Model:
     `shapes` holds every value's concrete sizes at the sizes of `input_shapes`; `folded` the values that are known before any
     input is (shape arithmetic); `ambiguous` the tensors that the file's names do not identify, as subgraphs reuse them;
     `copies` {name that one reader has for it: tensor of one number that several share}; `static` which axes of a value are known
-    to have one size for all inputs, None where every axis of every value has.
+    to have one size for all inputs, None where every axis of every value has.  `external`: which of its weights stand in other
+    files; those that were left there have no values in `proto`.
     """
 
     proto: ModelProto
@@ -51,6 +53,7 @@ class Model:
     ambiguous: frozenset[str] = frozenset()
     copies: Mapping[str, str] = field(default_factory=dict)
     static: Mapping[str, tuple[bool, ...]] | None = None
+    external: External = field(default_factory=External)
     _arrays: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     sums: dict[tuple[str, int, int], np.ndarray] = field(default_factory=dict, repr=False)  # of criteria: tensor, axis, power
 
@@ -63,19 +66,21 @@ class Model:
         return found if len(found) == len(sizes) else (False,) * len(sizes)
 
     def array(self, tensor: str) -> np.ndarray:
-        """The values of an initializer or Constant, read when first asked for."""
+        """The values of an initializer or Constant, read when first asked for; those left in other files every time."""
+        if tensor in self.external.places:
+            return self.external.places[tensor].array()
         if tensor not in self._arrays:
             self._arrays[tensor] = numpy_helper.to_array(self.tensors[tensor])
         return self._arrays[tensor]
 
 
-def read(source: str | os.PathLike[str] | ModelProto) -> tuple[ModelProto, str]:
-    """The ModelProto and a name for it.
+def read(source: str | os.PathLike[str] | ModelProto, memory: int = AT_ONCE) -> tuple[ModelProto, str, External]:
+    """The ModelProto, a name for it, and what of it stands in other files; read at once up to so many bytes (`memory`).
 
     Raises OnnxPruneError where the file is missing, is not ONNX, is cut short or lacks its external data.
     """
     if isinstance(source, ModelProto):
-        return source, source.graph.name or "model"
+        return source, source.graph.name or "model", External(limit=memory)
     path = Path(source)
     if path.is_dir():
         raise OnnxPruneError(f"{path}: is a folder; give the path of an .onnx file")
@@ -84,27 +89,27 @@ def read(source: str | os.PathLike[str] | ModelProto) -> tuple[ModelProto, str]:
     if not path.is_file():
         raise OnnxPruneError(f"{path}: no such file; give the path of an .onnx file")
     try:
-        proto = onnx.load(str(path))
-    except (FileNotFoundError, onnx.checker.ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise OnnxPruneError(f"{path}: its external data cannot be read ({reason}); put it beside the model") from error
+        proto = onnx.load(str(path), load_external_data=False)
     except Exception as error:
         raise OnnxPruneError(f"{path}: not an ONNX model, or cut short; export it again") from error
     if not proto.graph.node or not proto.opset_import:
         raise OnnxPruneError(f"{path}: not an ONNX model, or an empty one; export it again")
-    return proto, path.name
+    return proto, path.name, external.attach(proto, path.parent, path.name, memory)
 
 
 def load(
     source: str | os.PathLike[str] | ModelProto,
     feeds: Mapping[str, np.ndarray] | None = None,
     input_shapes: Mapping[str, Shape] | None = None,
+    memory: int = AT_ONCE,
 ) -> Model:
     """Import a model; `feeds` or `input_shapes` say the sizes of symbolic axes (else 2, or more where 2 does not run).
 
+    memory: bytes of weights in other files up to which they are read at once; beyond, when `Model.array` is asked for them.
+
     Raises OnnxPruneError for what is not a well-formed model.
     """
-    proto, name = read(source)
+    proto, name, outside = read(source, memory)
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
     proto, ambiguous = unique_names(_without_duplicates(proto))
@@ -143,6 +148,7 @@ def load(
         ambiguous=ambiguous,
         copies=copies,
         static=result.static,
+        external=outside,
     )
 
 

@@ -12,7 +12,8 @@ from onnxprune import layouts
 from onnxprune.folding import attributes
 from onnxprune.grouping import Group, Grouping, Member
 from onnxprune.importer import Model
-from onnxprune.running import Arrays
+from onnxprune.moves import by_tensor
+from onnxprune.running import Arrays, Lazy
 
 
 def contractions(model: Model) -> set[tuple[str, int]]:
@@ -37,16 +38,22 @@ def _summed(node: NodeProto, model: Model) -> list[tuple[str, int]]:
     return found
 
 
-def zeroed(
-    arrays: Arrays, groups: Sequence[Group], remove: Mapping[int, np.ndarray], readers: set[tuple[str, int]] | None
-) -> dict[str, np.ndarray]:
+def zeroed(arrays: Arrays, groups: Sequence[Group], remove: Mapping[int, np.ndarray], readers: set[tuple[str, int]] | None) -> Arrays:
     """The tensors with the removed units' slices zero: everywhere, or only where `readers` sum over them."""
+    if isinstance(arrays, Lazy):
+        many, homes = arrays, by_tensor(groups)
+
+        def one(name: str) -> np.ndarray:
+            array = many[name]
+            return zeroed({name: array}, homes[name], remove, readers).get(name, array)
+
+        return Lazy(homes, one)
     changed: dict[str, np.ndarray] = {}
     for group in groups:
         members: Sequence[Member] = group.members
         if readers is not None:
             members = [m for m in members if (m.tensor, m.axis) in readers] or members
-        for member in members:
+        for member in (m for m in members if m.tensor in arrays):
             array = changed[member.tensor] if member.tensor in changed else arrays[member.tensor].copy()
             index: list[Any] = [slice(None)] * array.ndim
             index[member.axis] = member.indices[remove[group.id]].ravel()

@@ -10,7 +10,7 @@ from onnxprune import layouts
 from onnxprune.grouping import Group, Grouping, Member
 from onnxprune.relations import Axis
 from onnxprune.rewriter import Remove, Widths
-from onnxprune.running import Arrays
+from onnxprune.running import Arrays, Lazy
 
 
 def shuffled(group: Group, seed: int) -> np.ndarray:
@@ -21,19 +21,36 @@ def shuffled(group: Group, seed: int) -> np.ndarray:
     return order
 
 
-def permuted(arrays: Arrays, groups: Sequence[Group], seed: int = 1, omit: Member | None = None) -> dict[str, np.ndarray]:
+def permuted(arrays: Arrays, groups: Sequence[Group], seed: int = 1, omit: Member | None = None) -> Arrays:
     """The tensors of the groups with their units in another order wherever they live (but in the member to omit)."""
+    if isinstance(arrays, Lazy):
+        many, homes = arrays, by_tensor(groups)
+
+        def one(name: str) -> np.ndarray:
+            array = many[name]
+            return permuted({name: array}, homes[name], seed, omit).get(name, array)
+
+        return Lazy(homes, one)
     changed: dict[str, np.ndarray] = {}
     for group in groups:
         order = shuffled(group, seed)
         for member in group.members:
-            if member is omit:
+            if member is omit or member.tensor not in arrays:
                 continue
             array = changed.get(member.tensor, arrays[member.tensor])
             index = np.arange(array.shape[member.axis])
             index[member.indices.ravel()] = member.indices[order].ravel()
             changed[member.tensor] = np.take(array, index, axis=member.axis)
     return changed
+
+
+def by_tensor(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """The groups that live in each tensor."""
+    homes: dict[str, list[Group]] = {}
+    for group in groups:
+        for name in dict.fromkeys(member.tensor for member in group.members):
+            homes.setdefault(name, []).append(group)
+    return homes
 
 
 class Moves:

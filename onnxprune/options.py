@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 
@@ -14,6 +15,21 @@ if TYPE_CHECKING:
     import numpy as np
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.2 on
+    """Bytes, written as 500MB or 2GB (powers of 1000), 1GiB (of 1024), or as a plain number."""
+
+    name = "size"
+    units: ClassVar = {"": 1, "b": 1} | {f"{k}{b}": s**i for b, s in (("b", 1000), ("ib", 1024)) for i, k in enumerate("kmgt", 1)}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(value).strip().lower())
+        if not found or found[2] not in self.units or not float(found[1]):
+            self.fail(f"'{value}' is no size; write it as 500MB or 2GB", param, ctx)
+        return int(float(found[1]) * self.units[found[2]])
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -43,6 +59,13 @@ TARGET = click.option(
     metavar="cpu|tensorrt|cuda",
     help="Where it will run: says --align group by group; tensorrt: also what it does not take of the model.",
 )
+MEMORY = click.option(
+    "--memory",
+    type=Size(),
+    metavar="SIZE",
+    help="Most weights to hold at once; of more in other files one tensor at a time is read (512MiB; with --calibration 2GiB).",
+)
+SHARDS = click.option("--shard-size", type=Size(), metavar="SIZE", help="Write the weights to files of at most so much: 1GB.")
 CHOICE = options(
     click.option("--ratio", "-r", type=float, required=True, help="Share of the budget to remove, between 0 and 1."),
     click.option("--of", default="macs", show_default=True, metavar="macs|params|channels|latency", help="Which budget."),

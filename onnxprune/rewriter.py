@@ -10,6 +10,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from onnxprune import layouts
 from onnxprune.assembly import assemble, copy_field
 from onnxprune.errors import OnnxPruneError
+from onnxprune.external import kept
 from onnxprune.folding import Folded, fold
 from onnxprune.grouping import Branch, Grouping
 from onnxprune.importer import Model
@@ -59,11 +60,13 @@ class Widths:
 
     def cut(self, name: str, array: np.ndarray) -> np.ndarray:
         """A value of the original without the removed units."""
-        for axis in range(array.ndim):
-            mask = self.mask((name, axis))
-            if mask is not None:
-                array = np.compress(mask, array, axis=axis)
+        for axis, mask in self.masks(name, array.ndim).items():
+            array = np.compress(mask, array, axis=axis)
         return array
+
+    def masks(self, name: str, rank: int) -> dict[int, np.ndarray]:
+        """{axis that loses something: which of its indices stay}."""
+        return {axis: mask for axis in range(rank) if (mask := self.mask((name, axis))) is not None}
 
 
 def rewrite(grouping: Grouping, remove: Remove, arrays: Mapping[str, np.ndarray] | None = None) -> ModelProto:
@@ -110,11 +113,16 @@ def _rewritten(model: Model, widths: Widths, tensors: dict[str, TensorProto], pi
 
 def _sliced(model: Model, name: str, widths: Widths, arrays: Mapping[str, np.ndarray]) -> TensorProto:
     tensor = model.tensors[name]
-    masks = [(i, m) for i in range(len(tensor.dims)) if (m := widths.mask((name, i))) is not None]
+    masks = widths.masks(name, len(tensor.dims))
+    if name in model.external.places:  # sliced when it is written, or run
+        header = TensorProto(name=tensor.name, data_type=tensor.data_type, doc_string=tensor.doc_string)
+        header.dims.extend(kept(tuple(tensor.dims), masks))
+        header.data_location = TensorProto.EXTERNAL
+        return header
     if not masks and name not in arrays:
         return tensor
     array = arrays[name] if name in arrays else model.array(name)
-    for axis, mask in masks:
+    for axis, mask in masks.items():
         array = np.compress(mask, array, axis=axis)
     sliced = numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), tensor.name)
     sliced.data_type = tensor.data_type

@@ -7,8 +7,10 @@ fusion (Pad into MaxPool) changes results.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
+from zlib import crc32
 
 import numpy as np
 import onnxruntime as ort
@@ -19,6 +21,7 @@ from onnxprune.errors import OnnxPruneError
 from onnxprune.scopes import all_graphs, subgraphs
 
 Arrays = Mapping[str, np.ndarray]
+STRETCH = 1 << 22  # numbers that are moved at a time, of arrays that are large
 LEAST, MOST = 1e-3, 2.5e-2  # standard deviations of a value: what always counts as equal, and what never does
 _WIDE = (TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
@@ -34,7 +37,7 @@ def session(proto: ModelProto, provider: str = "CPUExecutionProvider", optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     skipped = ["Pad_Fusion"] if optimize else None
     try:
-        if proto.ByteSize() <= writing.LARGEST:
+        if writing.fits(proto):
             return ort.InferenceSession(proto.SerializeToString(), options, providers=[provider], disabled_optimizers=skipped)
         with tempfile.TemporaryDirectory() as folder:  # more than one message holds
             path = Path(folder) / "model.onnx"
@@ -138,6 +141,12 @@ def widened(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if array.dtype.kind == "f" or array.dtype.name == "bfloat16" else array
 
 
+class Runs(Protocol):
+    """A model that some of its tensors can be given anew at every run."""
+
+    def run(self, feeds: Arrays, arrays: Arrays | None = None) -> dict[str, np.ndarray]: ...
+
+
 class Runner:
     """A float32 copy of a model some of whose tensors can be given anew at every run.
 
@@ -181,13 +190,7 @@ class Runner:
         graph.node.extend(
             n for n in self._proto.graph.node if not (n.op_type == "Constant" and n.output[0] in self._names and n.output[0] in found)
         )
-        for body in (body for node in graph.node for inner in subgraphs(node) for body in all_graphs(inner)):
-            for i in reversed(range(len(body.initializer))):  # what bodies hold, they now take from outside
-                if body.initializer[i].name in self._names:
-                    del body.initializer[i]
-            for i in reversed(range(len(body.node))):
-                if body.node[i].op_type == "Constant" and body.node[i].output[0] in self._names:
-                    del body.node[i]
+        taken_outside(graph, self._names)
         for name in sorted(self._names):
             tensor = found[name]
             self._values[name] = numpy_helper.to_array(tensor)
@@ -211,6 +214,21 @@ class Runner:
                 if name in changed:
                     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(changed[name]), tensor.name))
         return _run(session(proto), given)
+
+
+def taken_outside(graph: GraphProto, names: Collection[str]) -> set[str]:
+    """Take tensors out of the bodies in a graph, which then read them from outside; those of the names that there were."""
+    found: set[str] = set()
+    for body in (body for node in graph.node for inner in subgraphs(node) for body in all_graphs(inner)):
+        for i in reversed(range(len(body.initializer))):
+            if body.initializer[i].name in names:
+                found.add(body.initializer[i].name)
+                del body.initializer[i]
+        for i in reversed(range(len(body.node))):
+            if body.node[i].op_type == "Constant" and body.node[i].output[0] in names:
+                found.add(body.node[i].output[0])
+                del body.node[i]
+    return found
 
 
 def _run(sess: ort.InferenceSession, feeds: Arrays) -> dict[str, np.ndarray]:
@@ -255,8 +273,47 @@ def _gap(a: np.ndarray, b: np.ndarray) -> float:
     return gap
 
 
-def jittered(arrays: Arrays, rng: np.random.Generator, units: float = 1.0) -> dict[str, np.ndarray]:
+class Lazy(Mapping[str, np.ndarray]):
+    """Arrays that are made each time that they are asked for, as together they are more than memory holds."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], np.ndarray]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def some(arrays: Arrays, names: Collection[str]) -> Arrays:
+    """Those of the names."""
+    found = [name for name in arrays if name in names]
+    return Lazy(found, arrays.__getitem__) if isinstance(arrays, Lazy) else {name: arrays[name] for name in found}
+
+
+def jittered(arrays: Arrays, rng: np.random.Generator, units: float = 1.0) -> Arrays:
     """Every float moved by about one unit in its last place (or some): what rounding alone may do."""
+    if isinstance(arrays, Lazy):
+        many, root = arrays, int(rng.integers(2**32))
+
+        def one(name: str) -> np.ndarray:
+            own, array = np.random.default_rng([root, crc32(name.encode())]), widened(many[name])
+            flat, moved = array.reshape(-1), np.empty(array.shape, array.dtype)
+            for start in range(0, flat.size, STRETCH):
+                part = flat[start : start + STRETCH]
+                moved.reshape(-1)[start : start + STRETCH] = jittered({name: part}, own, units).get(name, part)
+            return moved
+
+        return Lazy(many, one)
     moved = {}
     for name, array in arrays.items():
         values = widened(array)

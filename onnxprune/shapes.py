@@ -256,7 +256,12 @@ def seeded_feeds(proto: ModelProto, shapes: Mapping[str, Shape], seed: int = 0) 
 def _seen(
     proto: ModelProto, wanted: set[str], shapes: Mapping[str, Shape], feeds: Mapping[str, np.ndarray] | None
 ) -> dict[str, np.ndarray]:
-    """The main graph's values whose shapes only a run can tell; {} where the model does not run here (those axes stay unknown)."""
+    """The main graph's values whose shapes only a run can tell; {} where the model does not run here (those axes stay unknown).
+
+    Neither does one whose weights were left in other files: it is larger than memory may hold.
+    """
+    if any(t.data_location == TensorProto.EXTERNAL for t in proto.graph.initializer):
+        return {}
     import onnxruntime as ort
 
     from onnxprune.running import as_float32, widened

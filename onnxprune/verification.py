@@ -7,16 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, helper
 
-from onnxprune.certificate import MARGIN, Bench, Progress, Proof, behind_integers
+from onnxprune.certificate import MARGIN, Bench, Progress, Proof, behind_integers, runner
 from onnxprune.errors import OnnxPruneError, ProofError
 from onnxprune.grouping import Group, Grouping
-from onnxprune.importer import FLOATS
+from onnxprune.importer import FLOATS, Model
 from onnxprune.masking import contractions, excuses, zeroed
 from onnxprune.moves import Moves, permuted, shuffled
-from onnxprune.rewriter import Remove, rewrite
-from onnxprune.running import LEAST, MOST, Arrays, Runner, distance, first_line, jittered, session
+from onnxprune.parts import without
+from onnxprune.plans import Plan
+from onnxprune.rewriter import Remove, Widths, rewrite
+from onnxprune.running import LEAST, MOST, Arrays, Lazy, Runner, Runs, distance, first_line, jittered, session, some
 
 COMMUTING = 5  # the seed of the order in which units are permuted before they are removed
 
@@ -93,22 +95,23 @@ def _culprits(losing: list[Group], error: OnnxPruneError, check: Callable[[list[
     return found
 
 
-def check_model(bench: Bench, pruned: ModelProto, moves: Moves | None = None) -> dict[str, np.ndarray]:
+def check_model(bench: Bench, pruned: ModelProto, moves: Moves | None = None, ready: Runs | None = None) -> dict[str, np.ndarray]:
     """Checker, shape inference, a session, the interface and finite outputs; returns the outputs as float32.
 
-    moves: what inputs that may shrink lose.
+    moves: what inputs that may shrink lose; ready: what runs the model, where it does not hold all of its weights.
     Raises OnnxPruneError (exit code 4) where any of it fails.
     """
     for check in (onnx.checker.check_model, _infer_strictly):
         try:
-            check(pruned)
+            check(inside(pruned))
         except Exception as error:
             try:
-                check(bench.model.proto)
+                check(inside(bench.model.proto))
             except Exception:  # the original fails it as well
                 continue
             raise OnnxPruneError(f"the pruned model is not well-formed ({first_line(error)})", 4) from error
-    outputs = Runner(pruned, watch=behind_integers(bench.model)).run(moves.arrays(bench.feeds) if moves else bench.feeds)
+    ready = ready or Runner(pruned, watch=behind_integers(bench.model))
+    outputs = ready.run(moves.arrays(bench.feeds) if moves else bench.feeds)
     before, after = bench.model.proto.graph, pruned.graph
     old = {v.name: v.type.tensor_type.elem_type for v in (*before.input, *before.output) if v.name not in bench.model.tensors}
     new = {v.name: v.type.tensor_type.elem_type for v in (*after.input, *after.output) if v.name not in bench.model.tensors}
@@ -120,7 +123,7 @@ def check_model(bench: Bench, pruned: ModelProto, moves: Moves | None = None) ->
             raise OnnxPruneError(f"the pruned model's output '{name}' has another shape", 4)
         if ours.dtype.kind == "f" and np.isfinite(array).all() and not np.isfinite(ours).all():
             raise OnnxPruneError(f"the pruned model's output '{name}' is not finite", 4)
-    if _has_halves(pruned):
+    if _has_halves(pruned) and not bench.model.external.places:
         try:
             session(pruned, optimize=True)
         except OnnxPruneError:
@@ -132,17 +135,31 @@ def _infer_strictly(proto: ModelProto) -> None:
     onnx.shape_inference.infer_shapes(proto, strict_mode=True)
 
 
-def compare(bench: Bench, expected: ModelProto, given: ModelProto, moves: Moves) -> float:
-    """How far a model's outputs are from those of what the plan leaves; moves: what inputs that may shrink lose.
+def inside(proto: ModelProto) -> ModelProto:
+    """The model with inputs for the weights that it does not hold, so that the rest of it can be checked."""
+    if all(t.data_location != TensorProto.EXTERNAL for t in proto.graph.initializer):
+        return proto
+    declared = {v.name for v in proto.graph.input}
+    out = without(proto, {t.name for t in proto.graph.initializer if t.data_location == TensorProto.EXTERNAL})
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL and tensor.name not in declared:
+            out.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    return out
+
+
+def compare(bench: Bench, made: Plan, expected: ModelProto, given: Model) -> float:
+    """How far a model's outputs are from those of what the plan leaves.
 
     Raises OnnxPruneError (exit code 4) where its tensors have other names or shapes, or its interface differs.
     """
-    shapes = [{t.name: tuple(t.dims) for t in proto.graph.initializer} for proto in (expected, given)]
+    shapes = [{t.name: tuple(t.dims) for t in proto.graph.initializer} for proto in (expected, given.proto)]
     for name, shape in shapes[0].items():
         if shapes[1].get(name) != shape:
             found = list(shapes[1][name]) if name in shapes[1] else "missing"
             raise OnnxPruneError(f"'{name}' is {found} in the pruned model; the plan leaves {list(shape)}", 4)
-    return distance(check_model(bench, expected, moves), check_model(bench, given, moves))
+    moves = Moves(made.grouping, after=made.remove)
+    ours = check_model(bench, expected, moves, bench.opened(expected, Widths(made.grouping, made.remove)))
+    return distance(ours, check_model(bench, given.proto, moves, runner(given)))
 
 
 def session_of_original(bench: Bench) -> None:
@@ -166,29 +183,33 @@ def _pruned(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remov
     gone = {g.id: remove[g.id] for g in losing}
     pruned = rewrite(grouping, gone)
     narrow = Moves(grouping, after=gone)
-    outputs = check_model(bench, pruned, narrow)
+    widths = Widths(grouping, gone)
+    outputs = check_model(bench, pruned, narrow, bench.opened(pruned, widths))
     if all(g.branch is not None for g in losing):  # a branch is one unit, which has nowhere else to go
         return pruned, None
     feeds = narrow.arrays(bench.feeds)
     same = {g.id: np.sort(np.argsort(shuffled(g, COMMUTING))[remove[g.id]]) for g in losing}
-    other = rewrite(grouping, same, permuted(bench.arrays, losing, seed=COMMUTING))
+    before = permuted(bench.arrays, losing, seed=COMMUTING)
+    other = rewrite(grouping, same, before)
     moves = Moves(grouping, losing, COMMUTING, gone, same)
     names = {t.name for t in pruned.graph.initializer if t.name in bench.arrays and t.data_type in FLOATS}
-    runner = Runner(pruned, names, watch=behind_integers(bench.model))
-    small = {t.name: onnx.numpy_helper.to_array(t) for t in pruned.graph.initializer if t.name in names}
-    rounding = distance(outputs, runner.run(feeds, jittered(small, np.random.default_rng(3))))
+    ready = bench.opened(pruned, widths, names)
+    small: Arrays = Lazy(sorted(names), lambda name: widths.cut(name, bench.arrays[name]))
+    if not isinstance(bench.arrays, Lazy):
+        small = {t.name: onnx.numpy_helper.to_array(t) for t in pruned.graph.initializer if t.name in names}
+    rounding = distance(outputs, ready.run(feeds, jittered(small, np.random.default_rng(3))))
     rounding = max(rounding, bench.rounding) if np.isfinite(rounding) else MOST
     tolerance = min(MOST, max(LEAST, 5 * rounding))
     if tolerance >= MOST:  # there the next order may move the outputs by chance
         touched = {m.tensor for g in losing for m in g.members}
-        moved = jittered({k: v for k, v in small.items() if k in touched}, np.random.default_rng(3), MARGIN)
-        if (shift := distance(outputs, runner.run(feeds, moved))) > MOST:
+        moved = jittered(some(small, touched), np.random.default_rng(3), MARGIN)
+        if (shift := distance(outputs, ready.run(feeds, moved))) > MOST:
             raise OnnxPruneError(f"not provable: rounding alone changes the pruned model's outputs by {shift:.2g} standard deviations", 4)
-    twin = Runner(other, watch=behind_integers(bench.model))
+    twin = bench.opened(other, Widths(grouping, same), arrays=before)
     gap = distance(moves.arrays(outputs), twin.run(moves.arrays(feeds)))
     if bench.elsewhere is not None:
         there = narrow.arrays(bench.elsewhere)
-        gap = max(gap, distance(moves.arrays(runner.run(there)), twin.run(moves.arrays(there))))
+        gap = max(gap, distance(moves.arrays(ready.run(there)), twin.run(moves.arrays(there))))
     if gap > tolerance:
         raise OnnxPruneError(
             f"pruning a permuted model gives other outputs (by {gap:.2g} standard deviations, {tolerance:.2g} are rounding)", 4
@@ -217,7 +238,7 @@ def _masked_gap(bench: Bench, grouping: Grouping, part: list[Group], remove: Rem
     for readers in (contractions(model), None):
         zeros = zeroed(bench.arrays, part, remove, readers)
         try:
-            outputs = Runner(pruned, watch=behind_integers(model)).run(moves.arrays(feeds))
+            outputs = bench.opened(pruned, Widths(grouping, gone)).run(moves.arrays(feeds))
             gap = distance(moves.arrays(bench.runner.run(feeds, zeros)), outputs)
         except OnnxPruneError:
             continue

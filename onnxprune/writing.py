@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import onnx
-from onnx import ModelProto
+from google.protobuf.message import EncodeError
+from onnx import ModelProto, TensorProto
 
 from onnxprune.errors import OnnxPruneError
+from onnxprune.external import gigabytes
+from onnxprune.streaming import Meter, Pieces, Progress, lay_out, length_of, skeleton, write_data
 
 LARGEST = 2**31 - 1  # bytes that one protobuf message may have
-SMALL = 1024  # bytes below which a tensor stays in the model's own file
 
 
 def check_target(path: str | os.PathLike[str], source: str | os.PathLike[str] | None = None) -> Path:
@@ -43,28 +46,73 @@ def check_apart(*paths: str | os.PathLike[str] | None) -> None:
             raise OnnxPruneError(f"{path.name}: is named twice; give each input and output a file of its own")
 
 
-def write_model(proto: ModelProto, path: str | os.PathLike[str]) -> None:
-    """Write a model; over 2 GiB its weights go to PATH.data beside it.  Raises OnnxPruneError where the disk does not take it."""
+def write_model(
+    proto: ModelProto,
+    path: str | os.PathLike[str],
+    *,
+    pieces: Pieces | None = None,
+    external: bool = False,
+    shard_size: int | None = None,
+    inputs: Iterable[Path] = (),
+    progress: Progress | None = None,
+) -> None:
+    """Write a model; over 2 GiB, or where `external` says so, its weights go to PATH.data beside it.
+
+    pieces: values that are not in the model; shard_size: bytes of each data file at most (then there are several); inputs: files
+    that are not to be replaced.  Raises OnnxPruneError where the disk does not take it.
+    """
     target = Path(path)
-    if proto.ByteSize() <= LARGEST:
+    missing = any(t.data_location == TensorProto.EXTERNAL for t in proto.graph.initializer)
+    if fits(proto) and not (external or shard_size or missing):
         _replace({target: lambda temporary: onnx.save(proto, temporary)})
         return
-    copy = ModelProto()
-    copy.CopyFrom(proto)
-    data = target.with_name(target.name + ".data")
+    layout = lay_out(proto, target.name, shard_size)
+    files = [target.with_name(name) for name in layout.files]
+    check_free(files, inputs)
+    _check_space(target, layout.size)
+    meter = Meter(layout.size, progress)
+    try:
+        graph = skeleton(proto, layout).SerializeToString()
+    except EncodeError as error:
+        message = (
+            f"{target}: holds over 2 GiB outside of its main graph's initializers, more than one file takes; export it with less there"
+        )
+        raise OnnxPruneError(message) from error
 
-    def weights(temporary: str) -> None:
-        onnx.external_data_helper.convert_model_to_external_data(copy, location=Path(temporary).name, size_threshold=SMALL)
-        onnx.external_data_helper.write_external_data_tensors(copy, str(target.parent))
-        for tensor in copy.graph.initializer:
-            for entry in tensor.external_data:
-                if entry.key == "location":
-                    entry.value = data.name
+    def data(number: int) -> Callable[[str], object]:
+        return lambda temporary: write_data(proto, layout, number, temporary, pieces, meter)
 
-    def graph(temporary: str) -> None:
-        Path(temporary).write_bytes(copy.SerializeToString())
+    jobs = {file: data(number) for number, file in enumerate(files)}
+    _replace({**jobs, target: lambda temporary: Path(temporary).write_bytes(graph)})
 
-    _replace({data: weights, target: graph})
+
+def fits(proto: ModelProto) -> bool:
+    """Whether a model is small enough for one message; protobuf does not say how large one is that is not."""
+    inside = (t for t in proto.graph.initializer if t.data_location != TensorProto.EXTERNAL)
+    if sum(length_of(t) or 0 for t in inside if t.HasField("raw_data")) > LARGEST:
+        return False
+    try:
+        return bool(proto.ByteSize() <= LARGEST)
+    except EncodeError:
+        return False
+
+
+def check_free(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raises OnnxPruneError where a file to write is one of the inputs', or no ordinary file."""
+    read = list(inputs)
+    for target in targets:
+        if target.exists() and not target.is_file():
+            raise OnnxPruneError(f"{target}: is no ordinary file, and would be replaced; give another name with -o")
+        if any(target.exists() and file.exists() and target.samefile(file) for file in read):
+            raise OnnxPruneError(f"{target}: holds weights of the input, which is never changed; give another name with -o")
+
+
+def _check_space(target: Path, size: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if size > free:
+        raise OnnxPruneError(
+            f"{target}: its weights take {gigabytes(size)}, the disk has {gigabytes(free)} free; free some space or write elsewhere"
+        )
 
 
 def write_text(text: str, path: str | os.PathLike[str]) -> None:
@@ -73,23 +121,37 @@ def write_text(text: str, path: str | os.PathLike[str]) -> None:
 
 
 def _replace(jobs: dict[Path, Callable[[str], object]]) -> None:
+    """All of the files or none: what stood there before comes back where not all can take their places."""
     temporaries: dict[Path, str] = {}
+    before: dict[Path, str | None] = {}
     try:
         for target, job in jobs.items():
             handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-            os.close(handle)
             temporaries[target] = name
+            os.close(handle)
             job(name)
             _sync(name)
         for target, name in temporaries.items():
             os.chmod(name, _mode(target))
+        for target, name in temporaries.items():
+            before[target] = None
+            if len(temporaries) > 1 and target.exists():
+                before[target] = f"{name}.before"
+                os.replace(target, f"{name}.before")
             os.replace(name, target)
-    except OSError as error:
+    except BaseException as error:
+        for target, old in before.items() if len(jobs) > 1 else ():
+            if old is not None and os.path.exists(old):
+                os.replace(old, target)
+            elif old is None and not os.path.exists(temporaries[target]):
+                target.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         why = "the disk is full; free some space or write elsewhere" if full else f"cannot be written ({error.strerror})"
         raise OnnxPruneError(f"{next(iter(jobs))}: {why}") from error
     finally:
-        for name in temporaries.values():
+        for name in (*temporaries.values(), *(old for old in before.values() if old is not None)):
             if os.path.exists(name):
                 os.remove(name)
 
