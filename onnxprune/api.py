@@ -47,7 +47,8 @@ class Result:
     """A pruned model, the plan that made it, its proof (None without verification), and its costs before and after.
 
     refits: the layers that compensation fitted anew; fidelity: how near the outputs on calibration samples stay to the original's,
-    without compensation and with it.
+    without compensation and with it.  scores, losses: {group id: (units,)} and, of allocations that measure, what the outputs lose at
+    each number of units removed, {group id: (units + 1,)}: what the units were chosen by.
     macs, parameters: (before, after); reached: share of the budget that went; on_budget: within a point of what was asked.
     """
 
@@ -60,6 +61,8 @@ class Result:
     on_budget: bool
     refits: tuple[Refit, ...] = field(default=(), repr=False)
     fidelity: tuple[Fidelity, Fidelity] | None = field(default=None, repr=False)
+    scores: Mapping[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    losses: Mapping[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -226,6 +229,7 @@ def prune(
         made = Plan(grouping, choice.remove, options, choice.reached)
         try:
             result = _finish(made, proof, bench, abs(choice.reached - ratio) <= 0.01, progress)
+            result = replace(result, scores=scores, losses=selection.losses or {})
             return _compensated(result, study, compensation, bench)
         except ProofError as error:
             failure = error

@@ -124,6 +124,7 @@ def main() -> None:
     EVALUATION,
     PREPROCESS,
     click.option("--plan-out", metavar="FILE", help="Write the plan too."),
+    click.option("--report", "report_path", metavar="FILE.html", help="Write what happened as a page to look at."),
     VERIFY,
     click.option("--provider", default="CPUExecutionProvider", show_default=True, help="onnxruntime provider of the benchmark."),
     JSON,
@@ -140,6 +141,7 @@ def prune(
     metric: str | None,
     preprocess: str | None,
     plan_out: str | None,
+    report_path: str | None,
     provider: str,
     json_path: str | None,
     quiet: bool,
@@ -163,7 +165,9 @@ def prune(
     check_granularity(chosen["granularity"])
     source = Path(model)
     target = check_target(output or source.with_name(f"{source.stem}-pruned.onnx"), source)
-    check_apart(model, target, plan_out, json_path, feeds, evaluation)
+    check_apart(model, target, plan_out, json_path, report_path, feeds, evaluation)
+    if report_path:
+        check_target(report_path, source)
     for extra in (plan_out, json_path):
         if extra and extra != "-":
             check_target(extra, source)
@@ -191,6 +195,10 @@ def prune(
         if plan_out:
             write_text(json.dumps(result.plan.to_json()), plan_out)
         measured = [] if quiet else _measure([model, str(target)], result, given, provider, say)
+        if report_path:
+            from onnxprune.htmlreport import html_report
+
+            write_text(html_report(result, measured=measured, evaluation=accuracy, command=sys.argv[1:]), report_path)
     content = {"model": model, "output": str(target), **result.to_json()}
     content |= {"evaluation": accuracy.to_json() if accuracy else None, "benchmark": [m.to_json() for m in measured]}
     _write_json(content, json_path)
