@@ -165,6 +165,7 @@ function draw(place) {
   const source = kind === "histogram" || kind === "spread" ? data.scores : data[kind];
   const plot = charts[kind](source, Math.max(260, place.clientWidth - 18), place);
   plot.style.background = "transparent";
+  plot.ariaHidden = "true"; // the place has a label, and a table beside it
   place.replaceChildren(plot);
 }
 
@@ -185,7 +186,7 @@ for (const place of places) {
 // Links to a row of a table: no filter may hide it.
 document.addEventListener("click", (event) => {
   const link = event.target.closest('a[href^="#g"]');
-  const row = link && document.getElementById(link.getAttribute("href").slice(1));
+  const row = link && document.getElementById(link.getAttribute("href").slice(1)).closest("tr");
   if (!row || !row.hidden) return;
   const box = document.querySelector(`input[data-table="${row.closest("table").id}"]`);
   box.value = "";
