@@ -311,7 +311,8 @@ def _measured(result: Result, labels: Mapping[int, str]) -> Sensitivity | None:
     found: dict[str, list[tuple[float, float]]] = {}
     for group, curve in result.losses.items():
         units = len(curve) - 1
-        counts = sorted({0, *(round(r * units) for r in RATIOS)} - {units})
+        counts = [(ratio, round(ratio * units)) for ratio in RATIOS]
         if group in labels:
-            found[f"{group}: {labels[group]}"] = [(k / units, float(curve[k])) for k in counts if math.isfinite(curve[k])]
+            points = [(ratio, float(curve[k])) for ratio, k in counts if 0 < k < units and math.isfinite(curve[k])]
+            found[f"{group}: {labels[group]}"] = [(0.0, 0.0), *points]
     return Sensitivity(found, "change of the outputs, of their variance") if found else None

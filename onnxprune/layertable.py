@@ -49,14 +49,15 @@ def layer_changes(plan: Plan) -> list[LayerChange]:
     for group in grouping.groups:
         for member in group.members:
             owners.setdefault(member.tensor, []).append(group.id)
-    makers = {out: node for node in model.main for out in node.output if out}
+    constants = _constants(model)
     found = []
     for node in model.main:
         made = next((out for out in node.output if out), "")
         if made not in terms:
             continue
         gone = made in dead
-        weights = {name: (tuple(model.tensors[name].dims), _left(widths, model, name, gone)) for name in _weights(model, makers, node)}
+        read = dict.fromkeys(tensor for name in node.input for tensor in constants.get(name, ()))
+        weights = {name: (tuple(model.tensors[name].dims), _left(widths, model, name, gone)) for name in read}
         floats = [shapes for name, shapes in weights.items() if model.tensors[name].data_type in FLOATS]
         found.append(
             LayerChange(
@@ -89,21 +90,12 @@ def _width(model: Model, widths: Widths, node: NodeProto, made: str, gone: bool)
     return widths.full(axis), 0 if gone else widths.size(axis)
 
 
-def _weights(model: Model, makers: Mapping[str, NodeProto], node: NodeProto) -> list[str]:
-    """The tensors that a node reads, directly or through nodes that read nothing but tensors."""
-    found: dict[str, None] = {}
-    for name in node.input:
-        found |= dict.fromkeys(_constants(model, makers, name) or ())
-    return list(found)
-
-
-def _constants(model: Model, makers: Mapping[str, NodeProto], name: str) -> list[str] | None:
-    """The tensors that a value is made of; None where an input takes part."""
-    name = model.copies.get(name, name)
-    if name in model.tensors or not name:
-        return [name] if name else []
-    maker = makers.get(name)
-    if maker is None or not maker.input:
-        return None
-    parts = [_constants(model, makers, one) for one in maker.input]
-    return None if any(part is None for part in parts) else [one for part in parts for one in part or ()]
+def _constants(model: Model) -> dict[str, list[str]]:
+    """The tensors that each value is made of, of the values that no input takes part in."""
+    found = {name: [name] for name in model.tensors} | {name: [tensor] for name, tensor in model.copies.items()}
+    for node in model.main:
+        read = [name for name in node.input if name]
+        if read and all(name in found for name in read):
+            made = list(dict.fromkeys(tensor for name in read for tensor in found[name]))
+            found |= {out: made for out in node.output if out}
+    return found

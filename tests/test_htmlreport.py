@@ -295,6 +295,15 @@ def test_charts_show_what_is_chosen(opened: Open, result: onnxprune.Result, sens
     assert "obs" in browser.find_element("css selector", "[data-chart=sweep] g[aria-label=tip]").get_attribute("textContent")
 
 
+def test_page_without_charts_is_small(opened: Open) -> None:
+    text = html_report(onnxprune.prune(MODELS / "digits-resnet.onnx", 0.3, granularity="block"))
+    assert len(text) < 100_000
+    browser = opened(text)
+    browser.find_element("css selector", "#layers-table thead button").click()
+    layers = column(browser, "layers-table", 0)
+    assert layers == sorted(layers)
+
+
 def test_names_do_not_run(opened: Open) -> None:
     model = renamed(two_layers(), "w1", EVIL)
     browser = opened(html_report(onnxprune.prune(model, 0.5, of="channels"), sensitivity=Sensitivity({EVIL: [(0.3, 0.1)]})))
@@ -307,7 +316,8 @@ def test_page_fits_and_can_be_read(
     opened: Open, result: onnxprune.Result, sensitivity: Sensitivity, sweep: Sweep, width: int, scheme: str
 ) -> None:
     samples = evaluate(result.plan.grouping.model.proto, result.model, read_arrays(MODELS / "digits-images.eval.npz"))
-    browser = opened(html_report(result, evaluation=samples, sensitivity=sensitivity, sweep=sweep), width, scheme)
+    long = Sensitivity({**sensitivity.points, "encoder.layer.0.attention.output.dense.weight" * 3: [(0.5, 0.1)]})
+    browser = opened(html_report(result, evaluation=samples, sensitivity=long, sweep=sweep), width, scheme)
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     assert browser.execute_script("return [...document.querySelectorAll('.chart')].every(c => c.scrollWidth <= c.clientWidth)")
     assert browser.execute_script(CONTRAST) >= 4.5
