@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from onnxprune.dependencies import dependency_graph
     from onnxprune.errors import OnnxPruneError
     from onnxprune.handoff import HandOff, keep_indices, slice_state
+    from onnxprune.htmlreport import html_report
     from onnxprune.relations import rule
 
 _HOMES = {
@@ -23,6 +24,7 @@ _HOMES = {
     "allocation": "onnxprune.allocations",
     "criterion": "onnxprune.criteria",
     "dependency_graph": "onnxprune.dependencies",
+    "html_report": "onnxprune.htmlreport",
     "rule": "onnxprune.relations",
 }
 
@@ -35,6 +37,7 @@ __all__ = [
     "criterion",
     "dependency_graph",
     "groups",
+    "html_report",
     "keep_indices",
     "plan",
     "prune",

@@ -69,6 +69,8 @@ class Result:
 
     refits: the layers that compensation fitted anew; fidelity: how near the outputs on calibration samples stay to the original's,
     without compensation and with it.  support: what TensorRT does not take of the original, where that is the target.
+    scores, losses: {group id: (units,)} and, of allocations that measure, what the outputs lose at each number of units removed,
+    {group id: (units + 1,)}: what the units were chosen by.
     macs, parameters: (before, after); reached: share of the budget that went; on_budget: within a point of what was asked, a latency
     within five percent; latency: seconds (before, after), where that was the budget.
     model: where weights were left in other files, as they exceed `memory`, those of the result have no values in it: `save` it.
@@ -83,6 +85,8 @@ class Result:
     on_budget: bool
     refits: tuple[Refit, ...] = field(default=(), repr=False)
     fidelity: tuple[Fidelity, Fidelity] | None = field(default=None, repr=False)
+    scores: Mapping[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    losses: Mapping[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
     support: Support | None = field(default=None, repr=False)
     latency: tuple[float, float] | None = None
 
@@ -308,6 +312,7 @@ def prune(
         made = Plan(grouping, choice.remove, options, choice.reached)
         try:
             result = _finish(made, proof, bench, abs(choice.reached - ratio) <= 0.01, progress)
+            result = replace(result, scores=scores, losses=selection.losses or {})
             result = _compensated(result, study, compensation, bench)
             if stored is not None:
                 result = _stored(result, stored, study)

@@ -131,6 +131,7 @@ def main() -> None:
     GATES,
     PREPROCESS,
     click.option("--plan-out", metavar="FILE", help="Write the plan too."),
+    click.option("--report", "report_path", metavar="FILE.html", help="Write what happened as a page to look at."),
     VERIFY,
     DEVICE,
     MEMORY,
@@ -151,6 +152,7 @@ def prune(
     preprocess: str | None,
     plan_out: str | None,
     shard_size: int | None,
+    report_path: str | None,
     provider: str,
     threads: int,
     json_path: str | None,
@@ -178,7 +180,9 @@ def prune(
     check_known(gates, evaluation, metric, chosen["calibration"])
     source = Path(model)
     target = check_target(output or source.with_name(f"{source.stem}-pruned.onnx"), source)
-    check_apart(model, target, plan_out, json_path, feeds, evaluation)
+    check_apart(model, target, plan_out, json_path, report_path, feeds, evaluation)
+    if report_path:
+        check_target(report_path, source)
     for extra in (plan_out, json_path):
         if extra and extra != "-":
             check_target(extra, source)
@@ -211,6 +215,10 @@ def prune(
             write_text(json.dumps(result.plan.to_json()), plan_out)
         timed = not quiet or "speedup" in gates
         measured = _measure([model, str(target)], result, given, provider, threads, say) if timed else []
+        if report_path:
+            from onnxprune.htmlreport import html_report
+
+            write_text(html_report(result, measured=measured, evaluation=accuracy, command=sys.argv[1:]), report_path)
     content = {"model": model, "output": str(target), **result.to_json()}
     content |= {"evaluation": accuracy.to_json() if accuracy else None, "benchmark": [m.to_json() for m in measured]}
     passed = judged(gates, result, accuracy, measured)
