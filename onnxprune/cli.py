@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +31,10 @@ from onnxprune.options import (
     read_ratios,
     read_shapes,
 )
+from onnxprune.terminal import complain as _complain
+from onnxprune.terminal import console as _console
+from onnxprune.terminal import progress as _progress
+from onnxprune.terminal import write_json as _write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,10 +92,6 @@ class Commands(click.Group):
             _complain(f"unexpected {type(error).__name__} ({error}); ONNXPRUNE_DEBUG=1 shows where, please report it")
             sys.exit(4)
         sys.exit(code if isinstance(code, int) else 0)
-
-
-def _complain(text: str) -> None:
-    click.echo(f"error: {' '.join(text.split())}", err=True)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -558,31 +557,3 @@ def bench(
     if not quiet and json_path != "-":
         _console().print(table(measured))
     return 0
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A line on standard error that says what is going on; nothing where that is not a terminal."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda text: None
-        return
-    with console.status("starting") as status:
-        yield lambda text: status.update(text)
-
-
-def _write_json(content: Any, path: str | None) -> None:
-    from onnxprune.writing import write_text
-
-    if path == "-":
-        click.echo(json.dumps(content))
-    elif path:
-        write_text(json.dumps(content), path)
