@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from onnxprune.dependencies import dependency_graph
     from onnxprune.errors import OnnxPruneError
     from onnxprune.handoff import HandOff, keep_indices, slice_state
+    from onnxprune.inspection import Inspection, inspect
     from onnxprune.relations import rule
 
 _HOMES = {
     **dict.fromkeys(("Result", "apply", "groups", "plan", "prune", "verify"), "onnxprune.api"),
     **dict.fromkeys(("HandOff", "keep_indices", "slice_state"), "onnxprune.handoff"),
+    **dict.fromkeys(("Inspection", "inspect"), "onnxprune.inspection"),
     "OnnxPruneError": "onnxprune.errors",
     "allocation": "onnxprune.allocations",
     "criterion": "onnxprune.criteria",
@@ -28,6 +30,7 @@ _HOMES = {
 
 __all__ = [
     "HandOff",
+    "Inspection",
     "OnnxPruneError",
     "Result",
     "allocation",
@@ -35,6 +38,7 @@ __all__ = [
     "criterion",
     "dependency_graph",
     "groups",
+    "inspect",
     "keep_indices",
     "plan",
     "prune",

@@ -13,6 +13,7 @@ import click
 
 from onnxprune import __version__
 from onnxprune.errors import OnnxPruneError
+from onnxprune.exploring import COMMANDS
 from onnxprune.options import (
     ALLOW_IO,
     CALIBRATION,
@@ -557,3 +558,7 @@ def bench(
     if not quiet and json_path != "-":
         _console().print(table(measured))
     return 0
+
+
+for one in COMMANDS:
+    main.add_command(one)

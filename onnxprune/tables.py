@@ -1,0 +1,130 @@
+"""What the commands that explore a model show in the terminal: layers and groups, sensitivities, sweeps."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from onnxprune.grouping import Group
+from onnxprune.inspection import Inspection, Layer
+
+FEW = 40  # layers that are all listed; of more, only the largest
+LARGEST = 20
+
+
+def _table(*columns: tuple[str, str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title, side in columns:
+        table.add_column(title, justify="right" if side == "right" else "left", overflow="fold")
+    return table
+
+
+def show_inspection(console: Console, found: Inspection, everything: bool = False) -> None:
+    """Layers and groups with what they are worth, what is fixed, and the largest reductions; all layers where `everything` is asked for."""
+    model = found.grouping.model
+    sizes = ", ".join(f"{escape(name)} {'×'.join(map(str, shape))}" for name, shape in model.input_shapes.items())
+    console.print(f"[bold]{escape(model.name)}[/]: {found.parameters:,} parameters, {found.macs:,} MACs on {sizes}", soft_wrap=True)
+    _show_layers(console, found, everything)
+    _show_operators(console, found)
+    _show_groups(console, found)
+    _show_fixed(console, found)
+    _show_reach(console, found)
+
+
+def _show_layers(console: Console, found: Inspection, everything: bool) -> None:
+    layers = [layer for layer in found.layers if everything or layer.macs or layer.parameters > 1]
+    few = everything or len(layers) <= FEW
+    shown = layers if few else sorted(layers, key=lambda one: -_weight(found, one))[:LARGEST]
+    table = _table(
+        *(("layer", "left"), ("operator", "left"), ("weights", "left"), ("output", "left"), ("parameters", "right"), ("", "right")),
+        *(("MACs", "right"), ("", "right"), ("groups", "left")),
+    )
+    for layer in layers:
+        if layer not in shown:
+            continue
+        weight = max((shape for _, shape in layer.weights), key=lambda s: (len(s), s), default=())
+        groups = ", ".join(map(str, layer.groups[:6])) + (" …" if len(layer.groups) > 6 else "")
+        table.add_row(
+            *(escape(layer.name), layer.op, "×".join(map(str, weight)), "×".join(map(str, layer.output))),
+            *(f"{layer.parameters:,}" if layer.parameters else "", _share(layer.parameters, found.parameters)),
+            *(f"{layer.macs:,}" if layer.macs else "", _share(layer.macs, found.macs)),
+            groups if layer.groups else f"fixed: {escape(layer.fixed or '')}",
+        )
+    console.print(table)
+    if not few:
+        console.print(f"the {LARGEST} largest of {len(layers)} layers; -v lists all")
+
+
+def _weight(found: Inspection, layer: Layer) -> float:
+    return layer.macs / max(1, found.macs) + layer.parameters / max(1, found.parameters)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if part and whole else ""
+
+
+def _show_operators(console: Console, found: Inspection) -> None:
+    macs, parameters = Counter[str](), Counter[str]()
+    for layer in found.layers:
+        macs[layer.op] += layer.macs
+        parameters[layer.op] += layer.parameters
+    for title, whole, parts in (("MACs", found.macs, macs), ("parameters", found.parameters, parameters)):
+        named = [f"{op} {_share(part, whole)}" for op, part in parts.most_common(5) if part]
+        if named:
+            console.print(f"{title}: {', '.join(named)}")
+
+
+def _show_groups(console: Console, found: Inspection) -> None:
+    groups = found.grouping.groups
+    idle = set(found.proof.unexercised) if found.proof else set()
+    if not groups:
+        console.print("[yellow]nothing can be pruned[/]")
+        return
+    table = _table(
+        ("group", "right"), ("units", "right"), ("kind", "left"), ("tensors", "left"), ("MACs", "right"), ("parameters", "right")
+    )
+    for group in groups:
+        share = found.alone[group.id]
+        note = " (not exercised: stays whole)" if group.id in idle else ""
+        table.add_row(str(group.id), str(group.units), group.kind, _where(group) + note, f"{share.macs:.1%}", f"{share.parameters:.1%}")
+    console.print(table)
+    console.print("shares: what would go with this group alone, down to --min-keep")
+
+
+def _where(group: Group) -> str:
+    names = list(dict.fromkeys(m.tensor for m in group.members))
+    return escape(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _show_fixed(console: Console, found: Inspection) -> None:
+    if found.grouping.fixed:
+        console.print("fixed:")
+    for reason, count in Counter(reason for _, _, reason in found.grouping.fixed).most_common():
+        example = next((tensor, axis) for tensor, axis, why in found.grouping.fixed if why == reason)
+        console.print(f"  {count} × {escape(reason)} (such as {escape(example[0])}, axis {example[1]})", soft_wrap=True)
+    untouched = found.untouched
+    if untouched:
+        macs, parameters = sum(one.macs for one in untouched), sum(one.parameters for one in untouched)
+        console.print(
+            f"  {len(untouched)} of {len(found.layers)} layers have no unit that may go: "
+            f"{_share(macs, found.macs) or '0.0%'} of the MACs, {_share(parameters, found.parameters) or '0.0%'} of the parameters",
+            soft_wrap=True,
+        )
+
+
+REACHES = {
+    "min_keep": "with every group down to --min-keep {keep:g}",
+    "one_unit": "with one unit left of each",
+    "branches": "with the residual branches cut too (--granularity all)",
+}
+
+
+def _show_reach(console: Console, found: Inspection) -> None:
+    console.print("largest reduction:")
+    for name, share in found.reach.items():
+        how = REACHES[name].format(keep=found.min_keep)
+        console.print(f"  {share.macs:.1%} of the MACs, {share.parameters:.1%} of the parameters {how}", soft_wrap=True)
