@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from onnxprune.handoff import HandOff, keep_indices, slice_state
     from onnxprune.inspection import Inspection, inspect
     from onnxprune.relations import rule
+    from onnxprune.sensitivities import Sensitivity, sensitivity
 
 _HOMES = {
     **dict.fromkeys(("Result", "apply", "groups", "plan", "prune", "verify"), "onnxprune.api"),
     **dict.fromkeys(("HandOff", "keep_indices", "slice_state"), "onnxprune.handoff"),
     **dict.fromkeys(("Inspection", "inspect"), "onnxprune.inspection"),
+    **dict.fromkeys(("Sensitivity", "sensitivity"), "onnxprune.sensitivities"),
     "OnnxPruneError": "onnxprune.errors",
     "allocation": "onnxprune.allocations",
     "criterion": "onnxprune.criteria",
@@ -33,6 +35,7 @@ __all__ = [
     "Inspection",
     "OnnxPruneError",
     "Result",
+    "Sensitivity",
     "allocation",
     "apply",
     "criterion",
@@ -43,6 +46,7 @@ __all__ = [
     "plan",
     "prune",
     "rule",
+    "sensitivity",
     "slice_state",
     "verify",
 ]

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from onnxprune.benchmark import Measurement
-    from onnxprune.evaluation import Evaluation
 
 INTERRUPTED = 130
 
@@ -156,6 +155,8 @@ def prune(
     from onnxprune import api
     from onnxprune.allocations import check_budget, check_ratio
     from onnxprune.depth import check_granularity
+    from onnxprune.importer import load
+    from onnxprune.quality import evaluator
     from onnxprune.writing import check_apart, check_target, write_model, write_text
 
     check_ratio(ratio)
@@ -171,7 +172,11 @@ def prune(
     with _progress(quiet) as say:
         if preprocess is not None and evaluation is None and chosen["calibration"] is None:
             raise OnnxPruneError("--preprocess says how the samples of --calibration and --eval are used; give one of them")
-        compare = _evaluator(model, evaluation, preprocess, metric, given, read_shapes(shapes), chosen["seed"])
+        compare = None
+        if evaluation is not None:  # looked at before any work is done
+            compare = evaluator(load(model, given, read_shapes(shapes)), evaluation, preprocess, metric, chosen["seed"])
+        elif metric is not None:
+            raise OnnxPruneError("--metric says how the samples of --eval are used; give --eval too")
         result = api.prune(
             model,
             ratio,
@@ -217,26 +222,6 @@ def prune(
         )
         return 3
     return 0
-
-
-def _evaluator(
-    model: str, source: str | None, preprocess: str | None, metric: str | None, feeds: Any, shapes: Any, seed: int
-) -> Callable[[Any, Any], Evaluation] | None:
-    """What compares both models on the samples of --eval, which are looked at before any work is done; None without them."""
-    if source is None:
-        if metric is not None:
-            raise OnnxPruneError("--metric says how the samples of --eval are used; give --eval too")
-        return None
-    from onnxprune.calibration import read_calibration
-    from onnxprune.evaluation import evaluate
-    from onnxprune.importer import load
-    from onnxprune.userfunctions import user_function
-
-    samples = read_calibration(source, load(model, feeds, shapes), preprocess=preprocess, seed=seed + 1)  # other noise than for calibration
-    if not samples.count:
-        raise OnnxPruneError(f"--eval {source}: has no samples")
-    measure = user_function(metric) if metric else None
-    return lambda original, pruned: evaluate(original, pruned, samples, metric=measure)
 
 
 def _measure(files: list[str], result: Any, feeds: Any, provider: str, say: Callable[[str], None]) -> list[Measurement]:

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import click
 
 from onnxprune.errors import OnnxPruneError
-from onnxprune.options import ALLOW_IO, FEEDS, JSON, MODEL, QUIET, SEED, VERBOSE, VERIFY, options, read_feeds, read_shapes
+from onnxprune.options import (
+    ALLOW_IO,
+    EVALUATION,
+    FEEDS,
+    JSON,
+    MODEL,
+    PREPROCESS,
+    QUIET,
+    SAMPLES,
+    SCOPE,
+    SEED,
+    VERBOSE,
+    VERIFY,
+    options,
+    read_feeds,
+    read_list,
+    read_shapes,
+)
 from onnxprune.terminal import console, progress, write_json
 
 
@@ -82,4 +104,98 @@ def inspect(
     return 0
 
 
-COMMANDS = (inspect,)
+PLOT = click.option("--plot", metavar="FILE", help="The curves too: .svg, .png or .pdf (needs the extra bench).")
+
+
+@click.command()
+@MODEL
+@options(
+    click.option("--ratios", default="0.1:0.9:0.2", show_default=True, help="Shares of a group's units: first:last:step, or with commas."),
+    click.option("--criterion", default="obs", show_default=True, help="Which units go first (docs/criteria.md)."),
+    SAMPLES,
+    EVALUATION,
+    PREPROCESS,
+    SCOPE,
+    click.option("--state", metavar="FILE", help="Where points are kept; MODEL-sensitivity.json beside the model if not given."),
+    PLOT,
+    FEEDS,
+    SEED,
+    ALLOW_IO,
+    VERIFY,
+    JSON,
+    QUIET,
+)
+def sensitivity(
+    model: str,
+    ratios: str,
+    calibration: str | None,
+    evaluation: str | None,
+    state: str | None,
+    plot: str | None,
+    feeds: str | None,
+    shapes: tuple[str, ...],
+    json_path: str | None,
+    quiet: bool,
+    **chosen: Any,
+) -> int:
+    """Measure what each group alone is worth: how much the outputs change, and accuracy with it, over the share of its units that go.
+
+    \b
+    onnxprune sensitivity model.onnx --calibration data.npz
+    onnxprune sensitivity model.onnx --calibration data.npz --eval test.npz --plot curves.svg
+
+    Every point is kept in the state file as soon as it is measured: after an interruption, or with other --ratios, the same command
+    goes on where it was.
+    """
+    from onnxprune.importer import read
+    from onnxprune.sensitivities import sensitivity as measure
+    from onnxprune.writing import check_apart, check_target
+
+    if calibration is None:
+        raise OnnxPruneError("sensitivity measures on samples; give --calibration (samples, or 'noise')")
+    read(model)
+    source = Path(model)
+    target = check_target(state or source.with_name(f"{source.stem}-sensitivity.json"), source)
+    check_apart(model, target, plot, json_path, feeds, evaluation, calibration)
+    if plot:
+        from onnxprune.plots import check_plot
+
+        check_plot(plot, model)
+    if json_path and json_path != "-":
+        check_target(json_path, model)
+    with progress(quiet) as say, resumable(str(target)):
+        found = measure(
+            model,
+            calibration,
+            ratios=read_list(ratios, "--ratios"),
+            evaluation=evaluation,
+            feeds=read_feeds(feeds),
+            input_shapes=read_shapes(shapes),
+            state=target,
+            progress=say,
+            **chosen,
+        )
+    if plot:
+        from onnxprune.plots import plot_sensitivity
+
+        plot_sensitivity(found.to_json(), plot)
+    write_json(found.to_json(), json_path)
+    if not quiet and json_path != "-":
+        from onnxprune.tables import show_sensitivity
+
+        show_sensitivity(console(), found)
+        console().print(f"kept in {target}" + (f", drawn in {plot}" if plot else ""), soft_wrap=True)
+    return 0
+
+
+@contextmanager
+def resumable(where: str) -> Iterator[None]:
+    """Says after an interruption that nothing measured is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"what was measured is kept in {where}; the same command goes on from there", err=True)
+        raise
+
+
+COMMANDS = (inspect, sensitivity)

@@ -37,6 +37,10 @@ JSON = click.option("--json", "json_path", metavar="FILE", help="Write the resul
 QUIET = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors; prune then skips its benchmark.")
 VERBOSE = click.option("--verbose", "-v", is_flag=True, help="List every place of every group, and every fixed axis.")
 VERIFY = click.option("--verify/--no-verify", default=True, help="Prove the result on the model (on by default).")
+SCOPE = options(
+    click.option("--scope", multiple=True, metavar="GLOB", help="Prune only layers with such a node or tensor name."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave such layers as they are."),
+)
 CHOICE = options(
     click.option("--ratio", "-r", type=float, required=True, help="Share of the budget to remove, between 0 and 1."),
     click.option("--of", default="macs", show_default=True, metavar="macs|params|channels", help="Which budget."),
@@ -49,8 +53,7 @@ CHOICE = options(
     ),
     click.option("--criterion", help="Which units go first: l1, l2, obs, fluctuation, … (docs/criteria.md); auto."),
     click.option("--allocation", help="How the groups share it: uniform, global, standardized, pq, distortion; auto."),
-    click.option("--scope", multiple=True, metavar="GLOB", help="Prune only layers with such a node or tensor name."),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave such layers as they are."),
+    SCOPE,
     click.option(
         "--layer-ratio",
         "layer_ratios",
@@ -64,13 +67,16 @@ CHOICE = options(
 )
 
 
-CALIBRATION = options(
+SAMPLES = options(
     click.option(
         "--calibration",
         metavar="SOURCE",
         help="Samples without labels: an .npz, a folder of arrays or images, module:function, noise, or none.",
     ),
     click.option("--samples", type=click.IntRange(1), help="Take so many of them, spread over the source."),
+)
+CALIBRATION = options(
+    SAMPLES,
     click.option(
         "--compensation",
         help="How what stays makes up for what went: refine, reconstruct, moments, update, mean, merge (data-free), none.",
@@ -125,3 +131,21 @@ def read_ratios(texts: tuple[str, ...]) -> dict[str, float]:
         if not pattern:
             raise OnnxPruneError(f"--layer-ratio '{text}': write it as 'GLOB=0.3'")
     return found
+
+
+def read_list(text: str, option: str) -> tuple[float, ...]:
+    """Ratios as first:last:step or with commas between them, rising; raises OnnxPruneError for what is neither, or not in 0 … 1."""
+    try:
+        if ":" in text:
+            first, last, step = (float(part) for part in text.split(":"))
+            found = [first + i * step for i in range(int((last - first) / step + 1e-6) + 1)] if step > 0 else []
+        else:
+            found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = []
+    if not found:
+        raise OnnxPruneError(f"{option} '{text}': write it as first:last:step, such as 0.1:0.8:0.1, or as 0.1,0.3,0.5")
+    wrong = [ratio for ratio in found if not 0 < ratio < 1]
+    if wrong:
+        raise OnnxPruneError(f"{option} '{text}': {wrong[0]:g} is no share to remove; it must lie between 0 and 1")
+    return tuple(sorted({round(ratio, 6) for ratio in found}))

@@ -11,9 +11,11 @@ from rich.table import Table
 
 from onnxprune.grouping import Group
 from onnxprune.inspection import Inspection, Layer
+from onnxprune.sensitivities import Point, Sensitivity, removed
 
 FEW = 40  # layers that are all listed; of more, only the largest
 LARGEST = 20
+WIDE = 110  # characters from which on shapes are shown
 
 
 def _table(*columns: tuple[str, str]) -> Table:
@@ -26,7 +28,7 @@ def _table(*columns: tuple[str, str]) -> Table:
 def show_inspection(console: Console, found: Inspection, everything: bool = False) -> None:
     """Layers and groups with what they are worth, what is fixed, and the largest reductions; all layers where `everything` is asked for."""
     model = found.grouping.model
-    sizes = ", ".join(f"{escape(name)} {'×'.join(map(str, shape))}" for name, shape in model.input_shapes.items())
+    sizes = ", ".join(f"{escape(name)} {'×'.join(map(str, shape)) or 'of one number'}" for name, shape in model.input_shapes.items())
     console.print(f"[bold]{escape(model.name)}[/]: {found.parameters:,} parameters, {found.macs:,} MACs on {sizes}", soft_wrap=True)
     _show_layers(console, found, everything)
     _show_operators(console, found)
@@ -36,20 +38,21 @@ def show_inspection(console: Console, found: Inspection, everything: bool = Fals
 
 
 def _show_layers(console: Console, found: Inspection, everything: bool) -> None:
-    layers = [layer for layer in found.layers if everything or layer.macs or layer.parameters > 1]
+    layers = [layer for layer in found.layers if everything or not _trifling(layer)]
     few = everything or len(layers) <= FEW
     shown = layers if few else sorted(layers, key=lambda one: -_weight(found, one))[:LARGEST]
-    table = _table(
-        *(("layer", "left"), ("operator", "left"), ("weights", "left"), ("output", "left"), ("parameters", "right"), ("", "right")),
-        *(("MACs", "right"), ("", "right"), ("groups", "left")),
-    )
+    wide = console.width >= WIDE
+    columns = (("layer", "left"), ("operator", "left"), *((("weights", "left"), ("output", "left")) if wide else ()))
+    table = _table(*columns, ("parameters", "right"), ("", "right"), ("MACs", "right"), ("", "right"), ("groups", "left"))
+    for column in (*table.columns[1:2], *table.columns[-5:-1]):
+        column.no_wrap = True
     for layer in layers:
         if layer not in shown:
             continue
         weight = max((shape for _, shape in layer.weights), key=lambda s: (len(s), s), default=())
         groups = ", ".join(map(str, layer.groups[:6])) + (" …" if len(layer.groups) > 6 else "")
         table.add_row(
-            *(escape(layer.name), layer.op, "×".join(map(str, weight)), "×".join(map(str, layer.output))),
+            *(escape(layer.name), layer.op, *(("×".join(map(str, weight)), "×".join(map(str, layer.output))) if wide else ())),
             *(f"{layer.parameters:,}" if layer.parameters else "", _share(layer.parameters, found.parameters)),
             *(f"{layer.macs:,}" if layer.macs else "", _share(layer.macs, found.macs)),
             groups if layer.groups else f"fixed: {escape(layer.fixed or '')}",
@@ -57,6 +60,11 @@ def _show_layers(console: Console, found: Inspection, everything: bool) -> None:
     console.print(table)
     if not few:
         console.print(f"the {LARGEST} largest of {len(layers)} layers; -v lists all")
+
+
+def _trifling(layer: Layer) -> bool:
+    """It holds a number or two, such as a scale or an exponent."""
+    return not layer.macs and layer.parameters <= 2
 
 
 def _weight(found: Inspection, layer: Layer) -> float:
@@ -106,11 +114,11 @@ def _show_fixed(console: Console, found: Inspection) -> None:
     for reason, count in Counter(reason for _, _, reason in found.grouping.fixed).most_common():
         example = next((tensor, axis) for tensor, axis, why in found.grouping.fixed if why == reason)
         console.print(f"  {count} × {escape(reason)} (such as {escape(example[0])}, axis {example[1]})", soft_wrap=True)
-    untouched = found.untouched
+    untouched = [layer for layer in found.untouched if not _trifling(layer)]
     if untouched:
         macs, parameters = sum(one.macs for one in untouched), sum(one.parameters for one in untouched)
         console.print(
-            f"  {len(untouched)} of {len(found.layers)} layers have no unit that may go: "
+            f"  {len(untouched)} of {sum(not _trifling(layer) for layer in found.layers)} layers have no unit that may go: "
             f"{_share(macs, found.macs) or '0.0%'} of the MACs, {_share(parameters, found.parameters) or '0.0%'} of the parameters",
             soft_wrap=True,
         )
@@ -128,3 +136,38 @@ def _show_reach(console: Console, found: Inspection) -> None:
     for name, share in found.reach.items():
         how = REACHES[name].format(keep=found.min_keep)
         console.print(f"  {share.macs:.1%} of the MACs, {share.parameters:.1%} of the parameters {how}", soft_wrap=True)
+
+
+def show_sensitivity(console: Console, found: Sensitivity) -> None:
+    """A line a group, the most sensitive first: the change of the outputs, and the quality, at each ratio."""
+    by_group: dict[int, list[Point]] = {}
+    for point in found.points:
+        by_group.setdefault(point.group, []).append(point)
+    judged = f" (below it {found.measure})" if found.measure else ""
+    console.print(f"[bold]{escape(found.model)}[/]: change of the outputs{judged} without a share of the units of one group alone")
+    if found.before is not None:
+        console.print(f"{found.measure} of the original: {_quality(found.measure, found.before)}")
+    ratios = [(f"{ratio:.4g}", "right") for ratio in found.ratios]
+    table = _table(("group", "right"), ("units", "right"), ("tensor", "left"), *ratios)
+    for group in sorted(by_group, key=lambda g: -max(_moved(p) for p in by_group[g])):
+        own = {point.removed: point for point in by_group[group]}
+        units = by_group[group][0].units
+        cells = [_cell(own[removed(units, ratio)], found.measure) for ratio in found.ratios]
+        table.add_row(str(group), str(units), escape(found.tensors.get(group, "")), *cells)
+    console.print(table)
+    console.print("change: mean squared change of the outputs by their variance; 1 is as much as they vary themselves")
+    if found.skipped:
+        console.print(f"[yellow]not exercised by the inputs, so left out: groups {', '.join(map(str, found.skipped))}[/]")
+
+
+def _cell(point: Point, measure: str | None) -> str:
+    moved = "does not run" if point.change is None else f"{point.change:.2g}"
+    return moved if point.quality is None else f"{moved}\n{_quality(measure, point.quality)}"
+
+
+def _moved(point: Point) -> float:
+    return float("inf") if point.change is None else point.change
+
+
+def _quality(measure: str | None, value: float) -> str:
+    return f"{value:.2%}" if measure in ("accuracy", "agreement") else f"{value:.4g}"
