@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from onnxprune.inspection import Inspection, inspect
     from onnxprune.relations import rule
     from onnxprune.sensitivities import Sensitivity, sensitivity
+    from onnxprune.sweeping import Sweep, sweep
 
 _HOMES = {
     **dict.fromkeys(("Result", "apply", "groups", "plan", "prune", "verify"), "onnxprune.api"),
     **dict.fromkeys(("HandOff", "keep_indices", "slice_state"), "onnxprune.handoff"),
     **dict.fromkeys(("Inspection", "inspect"), "onnxprune.inspection"),
     **dict.fromkeys(("Sensitivity", "sensitivity"), "onnxprune.sensitivities"),
+    **dict.fromkeys(("Sweep", "sweep"), "onnxprune.sweeping"),
     "OnnxPruneError": "onnxprune.errors",
     "allocation": "onnxprune.allocations",
     "criterion": "onnxprune.criteria",
@@ -36,6 +38,7 @@ __all__ = [
     "OnnxPruneError",
     "Result",
     "Sensitivity",
+    "Sweep",
     "allocation",
     "apply",
     "criterion",
@@ -48,6 +51,7 @@ __all__ = [
     "rule",
     "sensitivity",
     "slice_state",
+    "sweep",
     "verify",
 ]
 

@@ -12,6 +12,8 @@ import click
 from onnxprune.errors import OnnxPruneError
 from onnxprune.options import (
     ALLOW_IO,
+    CALIBRATION,
+    CHOICE,
     EVALUATION,
     FEEDS,
     JSON,
@@ -23,12 +25,14 @@ from onnxprune.options import (
     SEED,
     VERBOSE,
     VERIFY,
+    but,
     options,
     read_feeds,
     read_list,
+    read_ratios,
     read_shapes,
 )
-from onnxprune.terminal import console, progress, write_json
+from onnxprune.terminal import complain, console, progress, write_json
 
 
 @click.command()
@@ -198,4 +202,94 @@ def resumable(where: str) -> Iterator[None]:
         raise
 
 
-COMMANDS = (inspect, sensitivity)
+@click.command()
+@MODEL
+@options(
+    click.option("--ratios", default="0.1:0.8:0.1", show_default=True, help="Shares of the budget: first:last:step, or with commas."),
+    click.option("--criteria", metavar="NAME,…", default="", help="Try each of these (docs/criteria.md); prune's own if not given."),
+    click.option("--allocations", metavar="NAME,…", default="", help="… with each of these."),
+    click.option("--output", "-o", metavar="FOLDER", help="For models, plans and results.json; MODEL-sweep beside the model if not given."),
+    click.option("--jobs", "-j", type=int, default=1, show_default=True, help="Points made side by side, a process each; -1: one a core."),
+    click.option("--seconds", type=click.FloatRange(0), default=1.0, show_default=True, help="For each model's latency; 0: none."),
+    click.option("--provider", default="CPUExecutionProvider", show_default=True, help="onnxruntime provider of the latency."),
+    but(CHOICE, "ratio", "criterion", "allocation"),
+    CALIBRATION,
+    EVALUATION,
+    PREPROCESS,
+    PLOT,
+    FEEDS,
+    SEED,
+    VERIFY,
+    JSON,
+    QUIET,
+)
+def sweep(
+    model: str,
+    ratios: str,
+    criteria: str,
+    allocations: str,
+    output: str | None,
+    plot: str | None,
+    feeds: str | None,
+    shapes: tuple[str, ...],
+    json_path: str | None,
+    quiet: bool,
+    layer_ratios: tuple[str, ...],
+    **chosen: Any,
+) -> int:
+    """Prune at many ratios: the curve of accuracy or fidelity over MACs, parameters and latency, with its Pareto points.
+
+    \b
+    onnxprune sweep model.onnx --ratios 0.1:0.8:0.1 --calibration data.npz --eval test.npz
+    onnxprune sweep model.onnx --criteria obs,l2 --allocations global --jobs 4 --plot curve.svg
+
+    Every model is kept in the folder with its plan.  After an interruption the same command makes what is missing; with other ratios,
+    criteria or allocations it adds to what is there.  A point that fails does not stop the others (exit code 3).
+    """
+    from onnxprune.importer import read
+    from onnxprune.sweeping import sweep as run
+    from onnxprune.writing import check_apart, check_target
+
+    read(model)
+    source = Path(model)
+    folder = output or str(source.with_name(f"{source.stem}-sweep"))
+    check_apart(model, plot, json_path, feeds, folder)
+    if plot:
+        from onnxprune.plots import check_plot
+
+        check_plot(plot, model)
+    if json_path and json_path != "-":
+        check_target(json_path, model)
+    with progress(quiet) as say, resumable(folder):
+        found = run(
+            model,
+            folder,
+            read_list(ratios, "--ratios"),
+            criteria=_names(criteria),
+            allocations=_names(allocations),
+            feeds=read_feeds(feeds),
+            input_shapes=read_shapes(shapes),
+            layer_ratios=read_ratios(layer_ratios),
+            progress=say,
+            **chosen,
+        )
+    if plot:
+        from onnxprune.plots import plot_sweep
+
+        plot_sweep(found.to_json(), plot)
+    write_json(found.to_json(), json_path)
+    if not quiet and json_path != "-":
+        from onnxprune.tables import show_sweep
+
+        show_sweep(console(), found)
+        console().print(f"kept in {folder}" + (f", drawn in {plot}" if plot else ""), soft_wrap=True)
+    for point in found.failed:
+        complain(f"{point['name']}: {point['error']}")
+    return 3 if found.failed else 0
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+COMMANDS = (inspect, sensitivity, sweep)

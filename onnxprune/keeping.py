@@ -16,6 +16,7 @@ from onnx import ModelProto
 from onnxprune import __version__
 from onnxprune.errors import OnnxPruneError
 from onnxprune.samples import Samples
+from onnxprune.userfunctions import is_function
 from onnxprune.writing import write_text
 
 Key = dict[str, Any]
@@ -41,10 +42,12 @@ def _digest(source: str | os.PathLike[str] | ModelProto) -> str:
     return found.hexdigest()
 
 
-def digest_of(samples: Samples | None) -> str | None:
-    """Of how many samples there are, and of the first of them."""
-    if samples is None or not samples.count:
-        return None
+def digest_of(samples: Samples, source: object) -> str:
+    """Of how many samples there are, and of the first of them; of a function, which may shuffle, its name."""
+    if not samples.count:
+        return "none"
+    if callable(source) or (isinstance(source, str) and is_function(source)):
+        return samples.source
     found = hashlib.sha256(str(samples.count).encode())
     first = next(samples.batches(32), {})
     for name in sorted(first):

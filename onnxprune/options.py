@@ -26,6 +26,17 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+def but(decorator: Callable[[F], F], *names: str) -> Callable[[F], F]:
+    """Shared options without those parameters that a command has in another form."""
+
+    def decorate(function: F) -> F:
+        parameters = getattr(decorator(function), "__click_params__")  # noqa: B009  (click's, which mypy does not know)
+        parameters[:] = [one for one in parameters if one.name not in names]
+        return function
+
+    return decorate
+
+
 MODEL = click.argument("model", metavar="MODEL.onnx")
 FEEDS = options(
     click.option("--feeds", metavar="FILE.npz", help="Inputs for the proof and the counters: an array for each input."),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from joblib import Parallel, delayed
 from onnx import ModelProto
 
 from onnxprune.calibration import read_calibration
@@ -129,8 +129,8 @@ def sensitivity(
     judged = read_calibration(evaluation, loaded, preprocess=preprocess, seed=seed + 1) if evaluation is not None else None
     key = key_of(
         model,
-        calibration=digest_of(data),
-        eval=digest_of(judged),
+        calibration=digest_of(data, calibration),
+        eval=None if judged is None else digest_of(judged, evaluation),
         metric=getattr(metric, "__name__", metric),
         criterion=criterion,
         seed=seed,
@@ -208,12 +208,17 @@ def _measured(
             judged = quality(compare(grouping.model.proto, pruned))
             return replace(point, quality=judged.value), judged.measure, judged.before
 
-        run = Parallel(n_jobs=os.cpu_count() or 1, prefer="threads", return_as="generator")
-        for point, measured, original in run(delayed(measure)(one.id, one.units, count) for one, count in missing):
-            points = sorted([*found.points, point], key=lambda p: (p.group, p.removed))
-            found = replace(found, points=tuple(points), measure=measured or found.measure)
-            found = found if original is None else replace(found, before=original)
-            keep(found.to_json(), state)
-            tell()
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            waiting = [pool.submit(measure, one.id, one.units, count) for one, count in missing]
+            try:
+                for future in as_completed(waiting):
+                    point, measured, original = future.result()
+                    points = sorted([*found.points, point], key=lambda p: (p.group, p.removed))
+                    found = replace(found, points=tuple(points), measure=measured or found.measure)
+                    found = found if original is None else replace(found, before=original)
+                    keep(found.to_json(), state)
+                    tell()
+            finally:  # where it was interrupted, only what runs is waited for
+                pool.shutdown(cancel_futures=True)
     asked = {(one.id, count) for one, count in wanted}
     return replace(found, points=tuple(p for p in found.points if (p.group, p.removed) in asked))

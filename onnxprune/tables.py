@@ -12,6 +12,7 @@ from rich.table import Table
 from onnxprune.grouping import Group
 from onnxprune.inspection import Inspection, Layer
 from onnxprune.sensitivities import Point, Sensitivity, removed
+from onnxprune.sweeping import COSTS, Sweep
 
 FEW = 40  # layers that are all listed; of more, only the largest
 LARGEST = 20
@@ -171,3 +172,23 @@ def _moved(point: Point) -> float:
 
 def _quality(measure: str | None, value: float) -> str:
     return f"{value:.2%}" if measure in ("accuracy", "agreement") else f"{value:.4g}"
+
+
+def show_sweep(console: Console, found: Sweep) -> None:
+    """A line a point: what it costs beside the original, its quality, and for which costs it is a Pareto point."""
+    measure = found.measure or "quality"
+    made = [point for point in found.points if point["error"] is None]
+    ways = sorted({f"{point['criterion']} by {point['allocation']}" for point in made})
+    console.print(
+        f"[bold]{escape(found.model)}[/], {escape(', '.join(ways))}: {measure} of the original {_quality(measure, found.original['quality'])}"
+    )
+    table = _table(("point", "left"), *((title, "right") for title in ("MACs", "parameters", "latency", measure)))
+    for point in made:
+        shares = []
+        for cost in COSTS:
+            share = "–" if point[cost] is None else f"{point[cost] / (point[f'{cost}_before'] or 1):.1%}"
+            shares.append(f"[bold]★ {share}[/]" if cost in point["pareto"] else share)
+        name = escape(point["name"]) + ("" if point["on_budget"] else "[yellow] (out of reach)[/]")
+        table.add_row(name, *shares, f"[bold]{_quality(measure, point['quality'])}[/]")
+    console.print(table)
+    console.print("costs are shares of the original's; ★: no other point, nor the original, is as good and cheaper")
