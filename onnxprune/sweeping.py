@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import multiprocessing
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,6 +161,10 @@ def sweep(
             found = _marked(replace(found, measure=original.pop("measure", found.measure), original=original or found.original), rows)
             keep(found.to_json(), folder / RESULTS)
             tell()
+    except KeyboardInterrupt:
+        for half in folder.glob(".*.tmp"):  # of processes that were ended as they wrote
+            half.unlink(missing_ok=True)
+        raise
     except TerminatedWorkerError as error:
         done = sum(name in rows for name in wanted)
         raise OnnxPruneError(
@@ -202,7 +209,7 @@ def _absolute(source: Source) -> Source:
     return source
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """Makes one point, in whatever process; calibrated: what `prune` is told of samples; options: the others."""
 
@@ -216,6 +223,8 @@ class Task:
 
     def __call__(self, name: str, ratio: float, criterion: str | None, rule: str | None) -> tuple[Row, dict[str, Any]]:
         """The point's row, and of the original its costs, its quality and what that measures; ({}, where the point fails)."""
+        if multiprocessing.parent_process() is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's business, which ends its processes
         row: Row = {"name": name, "ratio": ratio, "criterion": criterion, "allocation": rule, "error": None, "exit_code": 0}
         try:
             with parallel_config(backend="threading"):  # what is parallel inside a point stays in its process

@@ -179,9 +179,8 @@ def show_sweep(console: Console, found: Sweep) -> None:
     measure = found.measure or "quality"
     made = [point for point in found.points if point["error"] is None]
     ways = sorted({f"{point['criterion']} by {point['allocation']}" for point in made})
-    console.print(
-        f"[bold]{escape(found.model)}[/], {escape(', '.join(ways))}: {measure} of the original {_quality(measure, found.original['quality'])}"
-    )
+    original = _quality(measure, found.original["quality"])
+    console.print(f"[bold]{escape(found.model)}[/], {escape(', '.join(ways))}: {measure} of the original {original}")
     table = _table(("point", "left"), *((title, "right") for title in ("MACs", "parameters", "latency", measure)))
     for point in made:
         shares = []
