@@ -104,6 +104,7 @@ def main() -> None:
     onnxprune model.onnx --ratio 0.4 --of params       … of the parameters
     onnxprune model.onnx --ratio 0.4 --eval test.npz   … and show the accuracy before and after
     onnxprune groups model.onnx                        what can be pruned, what cannot, and why
+    onnxprune inspect model.onnx                       where MACs and parameters are, and how much could go
 
     `onnxprune MODEL …` is short for `onnxprune prune MODEL …`.
 

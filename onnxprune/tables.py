@@ -14,8 +14,8 @@ from onnxprune.inspection import Inspection, Layer
 from onnxprune.sensitivities import Point, Sensitivity, removed
 from onnxprune.sweeping import COSTS, Sweep
 
-FEW = 40  # layers that are all listed; of more, only the largest
-LARGEST = 20
+LARGEST = 30  # layers that are listed at most, unless all are asked for
+LEAST = 0.005  # of the MACs or of the parameters, which a layer has to be listed
 WIDE = 110  # characters from which on shapes are shown
 
 
@@ -39,17 +39,15 @@ def show_inspection(console: Console, found: Inspection, everything: bool = Fals
 
 
 def _show_layers(console: Console, found: Inspection, everything: bool) -> None:
-    layers = [layer for layer in found.layers if everything or not _trifling(layer)]
-    few = everything or len(layers) <= FEW
-    shown = layers if few else sorted(layers, key=lambda one: -_weight(found, one))[:LARGEST]
+    shown = list(found.layers) if everything else [one for one in found.layers if max(_shares(found, one)) >= LEAST]
+    largest = sorted(shown, key=lambda one: -sum(_shares(found, one)))[: len(shown) if everything else LARGEST]
+    shown = [layer for layer in shown if layer in largest]
     wide = console.width >= WIDE
     columns = (("layer", "left"), ("operator", "left"), *((("weights", "left"), ("output", "left")) if wide else ()))
     table = _table(*columns, ("parameters", "right"), ("", "right"), ("MACs", "right"), ("", "right"), ("groups", "left"))
     for column in (*table.columns[1:2], *table.columns[-5:-1]):
         column.no_wrap = True
-    for layer in layers:
-        if layer not in shown:
-            continue
+    for layer in shown:
         weight = max((shape for _, shape in layer.weights), key=lambda s: (len(s), s), default=())
         groups = ", ".join(map(str, layer.groups[:6])) + (" …" if len(layer.groups) > 6 else "")
         table.add_row(
@@ -59,8 +57,8 @@ def _show_layers(console: Console, found: Inspection, everything: bool) -> None:
             groups if layer.groups else f"fixed: {escape(layer.fixed or '')}",
         )
     console.print(table)
-    if not few:
-        console.print(f"the {LARGEST} largest of {len(layers)} layers; -v lists all")
+    if len(shown) < len(found.layers):
+        console.print(f"the {len(shown)} largest of {len(found.layers)} layers; -v lists all")
 
 
 def _trifling(layer: Layer) -> bool:
@@ -68,8 +66,8 @@ def _trifling(layer: Layer) -> bool:
     return not layer.macs and layer.parameters <= 2
 
 
-def _weight(found: Inspection, layer: Layer) -> float:
-    return layer.macs / max(1, found.macs) + layer.parameters / max(1, found.parameters)
+def _shares(found: Inspection, layer: Layer) -> tuple[float, float]:
+    return layer.macs / max(1, found.macs), layer.parameters / max(1, found.parameters)
 
 
 def _share(part: int, whole: int) -> str:

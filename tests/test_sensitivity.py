@@ -110,7 +110,7 @@ def test_a_state_of_something_else_is_refused(tmp_path: Path, other: str) -> Non
 
 def test_command_shows_a_table_and_keeps_the_points(command: Command, tmp_path: Path) -> None:
     onnx.save(half_dead(), tmp_path / "m.onnx")
-    np.savez(tmp_path / "data.npz", **some())
+    np.savez(tmp_path / "data.npz", x=some()["x"])
     result = command("sensitivity", "m.onnx", "--calibration", "data.npz", "--ratios", "0.25:0.75:0.25", "--json", "out.json")
     assert result.returncode == 0, result.stderr
     for word in ("w1", "0.25", "0.75", "m-sensitivity.json"):
