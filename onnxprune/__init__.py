@@ -15,11 +15,17 @@ if TYPE_CHECKING:
     from onnxprune.errors import OnnxPruneError
     from onnxprune.handoff import HandOff, keep_indices, slice_state
     from onnxprune.htmlreport import html_report
+    from onnxprune.inspection import Inspection, inspect
     from onnxprune.relations import rule
+    from onnxprune.sensitivities import Sensitivity, sensitivity
+    from onnxprune.sweeping import Sweep, sweep
 
 _HOMES = {
     **dict.fromkeys(("Result", "apply", "groups", "plan", "prune", "verify"), "onnxprune.api"),
     **dict.fromkeys(("HandOff", "keep_indices", "slice_state"), "onnxprune.handoff"),
+    **dict.fromkeys(("Inspection", "inspect"), "onnxprune.inspection"),
+    **dict.fromkeys(("Sensitivity", "sensitivity"), "onnxprune.sensitivities"),
+    **dict.fromkeys(("Sweep", "sweep"), "onnxprune.sweeping"),
     "OnnxPruneError": "onnxprune.errors",
     "allocation": "onnxprune.allocations",
     "criterion": "onnxprune.criteria",
@@ -30,19 +36,25 @@ _HOMES = {
 
 __all__ = [
     "HandOff",
+    "Inspection",
     "OnnxPruneError",
     "Result",
+    "Sensitivity",
+    "Sweep",
     "allocation",
     "apply",
     "criterion",
     "dependency_graph",
     "groups",
     "html_report",
+    "inspect",
     "keep_indices",
     "plan",
     "prune",
     "rule",
+    "sensitivity",
     "slice_state",
+    "sweep",
     "verify",
 ]
 

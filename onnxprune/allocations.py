@@ -64,7 +64,7 @@ def pq(scores: Scores, strength: float) -> dict[int, float]:
     return {g: 1 - min(1.0, (1 - strength) * share / least) for g, share in kept.items()}
 
 
-DISTORTION = "distortion"  # measured on samples (`sensitivity`), and split by dynamic programming
+DISTORTION = "distortion"  # measured on samples (`curves`), and split by dynamic programming
 BALANCED = "balanced"  # the geometric mean of that and of the scores' own sums, as later layers make up for some of what is measured
 MEASURED = (DISTORTION, BALANCED)
 LATENCY = "latency"  # a budget that is measured (`latency`), not counted

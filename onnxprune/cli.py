@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import click
 
 from onnxprune import __version__
 from onnxprune.errors import OnnxPruneError
+from onnxprune.exploring import COMMANDS
 from onnxprune.options import (
     ALLOW_IO,
     CALIBRATION,
@@ -37,12 +37,15 @@ from onnxprune.options import (
     read_ratios,
     read_shapes,
 )
+from onnxprune.terminal import complain as _complain
+from onnxprune.terminal import console as _console
+from onnxprune.terminal import progress as _progress
+from onnxprune.terminal import write_json as _write_json
 
 if TYPE_CHECKING:
     import numpy as np
 
     from onnxprune.benchmark import Measurement
-    from onnxprune.evaluation import Evaluation
 
 INTERRUPTED = 130
 
@@ -96,10 +99,6 @@ class Commands(click.Group):
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _complain(text: str) -> None:
-    click.echo(f"error: {' '.join(text.split())}", err=True)
-
-
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="onnxprune")
 def main() -> None:
@@ -111,6 +110,7 @@ def main() -> None:
     onnxprune model.onnx --ratio 0.4 --of latency      … of the time that it takes on this machine
     onnxprune model.onnx --ratio 0.4 --eval test.npz   … and show the accuracy before and after
     onnxprune groups model.onnx                        what can be pruned, what cannot, and why
+    onnxprune inspect model.onnx                       where MACs and parameters are, and how much could go
 
     `onnxprune MODEL …` is short for `onnxprune prune MODEL …`.
 
@@ -172,6 +172,8 @@ def prune(
     from onnxprune.depth import check_granularity
     from onnxprune.external import AT_ONCE
     from onnxprune.gates import MISSED, check_known, judged
+    from onnxprune.importer import load
+    from onnxprune.quality import evaluator
     from onnxprune.writing import check_apart, check_target, write_text
 
     check_ratio(ratio)
@@ -190,9 +192,14 @@ def prune(
     with _progress(quiet) as say:
         if preprocess is not None and evaluation is None and chosen["calibration"] is None:
             raise OnnxPruneError("--preprocess says how the samples of --calibration and --eval are used; give one of them")
-        if evaluation is not None and chosen["memory"] is None:
-            chosen["memory"] = AT_ONCE
-        compare = _evaluator(model, evaluation, preprocess, metric, given, read_shapes(shapes), chosen["seed"], chosen["memory"] or AT_ONCE)
+        compare = None
+        if evaluation is not None:  # looked at before any work is done
+            chosen["memory"] = chosen["memory"] or AT_ONCE
+            loaded = load(model, given, read_shapes(shapes), chosen["memory"])
+            loaded.external.need_memory(loaded.name, "--eval")
+            compare = evaluator(loaded, evaluation, preprocess, metric, chosen["seed"])
+        elif metric is not None:
+            raise OnnxPruneError("--metric says how the samples of --eval are used; give --eval too")
         result = api.prune(
             model,
             ratio,
@@ -252,28 +259,6 @@ def prune(
         _complain(f"--fail-under: {'; '.join(map(str, missed))}; {target} is written all the same")
         return MISSED
     return 0 if result.on_budget else 3
-
-
-def _evaluator(
-    model: str, source: str | None, preprocess: str | None, metric: str | None, feeds: Any, shapes: Any, seed: int, memory: int
-) -> Callable[[Any, Any], Evaluation] | None:
-    """What compares both models on the samples of --eval, which are looked at before any work is done; None without them."""
-    if source is None:
-        if metric is not None:
-            raise OnnxPruneError("--metric says how the samples of --eval are used; give --eval too")
-        return None
-    from onnxprune.calibration import read_calibration
-    from onnxprune.evaluation import evaluate
-    from onnxprune.importer import load
-    from onnxprune.userfunctions import user_function
-
-    loaded = load(model, feeds, shapes, memory)
-    loaded.external.need_memory(loaded.name, "--eval")
-    samples = read_calibration(source, loaded, preprocess=preprocess, seed=seed + 1)  # other noise than for calibration
-    if not samples.count:
-        raise OnnxPruneError(f"--eval {source}: has no samples")
-    measure = user_function(metric) if metric else None
-    return lambda original, pruned: evaluate(original, pruned, samples, metric=measure)
 
 
 def _measure(files: list[str], result: Any, feeds: Any, provider: str, threads: int, say: Callable[[str], None]) -> list[Measurement]:
@@ -619,29 +604,5 @@ def bench(
     return 0
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A line on standard error that says what is going on; nothing where that is not a terminal."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda text: None
-        return
-    with console.status("starting") as status:
-        yield lambda text: status.update(text)
-
-
-def _write_json(content: Any, path: str | None) -> None:
-    from onnxprune.writing import write_text
-
-    if path == "-":
-        click.echo(json.dumps(content))
-    elif path:
-        write_text(json.dumps(content), path)
+for one in COMMANDS:
+    main.add_command(one)

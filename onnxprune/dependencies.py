@@ -126,31 +126,36 @@ def dependency_graph(
     >>> graph = dependency_graph("model.onnx")                      # doctest: +SKIP
     >>> networkx.write_graphml(graph, "model.graphml")              # doctest: +SKIP
     """
+    loaded = model if isinstance(model, Model) else load(model, feeds, input_shapes)
+    return axis_graph(loaded, relate(loaded))
+
+
+def axis_graph(model: Model, found: Dependencies) -> nx.MultiDiGraph:
+    """The relations that were found, as the graph that `dependency_graph` describes."""
     import networkx as nx
 
-    loaded = model if isinstance(model, Model) else load(model, feeds, input_shapes)
-    found = relate(loaded)
     graph = nx.MultiDiGraph()
-
-    def label(axis: Axis) -> str:
-        return f"{axis[0]}:{axis[1]}"
-
-    for name, shape in loaded.shapes.items():
+    for name, shape in model.shapes.items():
         graph.add_nodes_from((f"{name}:{i}", {"size": int(size)}) for i, size in enumerate(shape))
     graph.add_nodes_from((f"{name}:0", {"size": size}) for name, size in found.sizes.items())
     for relation in found.relations:
         match relation:
             case Same(a, b):
-                graph.add_edge(label(a), label(b), relation="same")
+                graph.add_edge(axis_label(a), axis_label(b), relation="same")
             case Concat(whole, parts):
                 for i, part in enumerate(parts):
-                    graph.add_edge(label(whole), label(part), relation="concat", position=i)
+                    graph.add_edge(axis_label(whole), axis_label(part), relation="concat", position=i)
             case Product(left, right) if left != right:
                 for i, one in enumerate(left):
                     for j, other in enumerate(right):
-                        graph.add_edge(label(one), label(other), relation="product", position=i + j)
+                        graph.add_edge(axis_label(one), axis_label(other), relation="product", position=i + j)
             case Fixed(axis, reason):
-                graph.add_node(label(axis), fixed=reason)
+                graph.add_node(axis_label(axis), fixed=reason)
             case Statistics(axis):
-                graph.add_node(label(axis), statistics=True)
+                graph.add_node(axis_label(axis), statistics=True)
     return graph
+
+
+def axis_label(axis: Axis) -> str:
+    """An axis as a node of the graph: "value:axis"."""
+    return f"{axis[0]}:{axis[1]}"

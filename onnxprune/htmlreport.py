@@ -19,13 +19,13 @@ from onnxprune.allocations import DISTORTION
 from onnxprune.api import Result
 from onnxprune.benchmark import Measurement
 from onnxprune.charts import Sensitivity, Sweep, scores_section, sensitivity_section, sweep_section
+from onnxprune.curves import RATIOS
 from onnxprune.evaluation import Evaluation
 from onnxprune.fidelity import OutputFidelity
 from onnxprune.grouping import Group
 from onnxprune.layertable import layer_changes
 from onnxprune.markup import Cell, Html, Section, bar, code, element, join, page, table
 from onnxprune.report import show_proof
-from onnxprune.sensitivity import RATIOS
 
 WORDS = {"macs": "MACs", "params": "parameters", "channels": "channels"}
 EXAMPLES = 5

@@ -43,6 +43,17 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+def but(decorator: Callable[[F], F], *names: str) -> Callable[[F], F]:
+    """Shared options without those parameters that a command has in another form."""
+
+    def decorate(function: F) -> F:
+        parameters = getattr(decorator(function), "__click_params__")  # noqa: B009  (click's, which mypy does not know)
+        parameters[:] = [one for one in parameters if one.name not in names]
+        return function
+
+    return decorate
+
+
 MODEL = click.argument("model", metavar="MODEL.onnx")
 FEEDS = options(
     click.option("--feeds", metavar="FILE.npz", help="Inputs for the proof and the counters: an array for each input."),
@@ -66,6 +77,10 @@ MEMORY = click.option(
     help="Most weights to hold at once; of more in other files one tensor at a time is read (512MiB; with --calibration 2GiB).",
 )
 SHARDS = click.option("--shard-size", type=Size(), metavar="SIZE", help="Write the weights to files of at most so much: 1GB.")
+SCOPE = options(
+    click.option("--scope", multiple=True, metavar="GLOB", help="Prune only layers with such a node or tensor name."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave such layers as they are."),
+)
 CHOICE = options(
     click.option("--ratio", "-r", type=float, required=True, help="Share of the budget to remove, between 0 and 1."),
     click.option("--of", default="macs", show_default=True, metavar="macs|params|channels|latency", help="Which budget."),
@@ -78,8 +93,7 @@ CHOICE = options(
     ),
     click.option("--criterion", help="Which units go first: l1, l2, obs, fluctuation, … (docs/criteria.md); auto."),
     click.option("--allocation", help="How the groups share it: uniform, global, standardized, pq, distortion; auto."),
-    click.option("--scope", multiple=True, metavar="GLOB", help="Prune only layers with such a node or tensor name."),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave such layers as they are."),
+    SCOPE,
     click.option(
         "--layer-ratio",
         "layer_ratios",
@@ -104,13 +118,16 @@ DEVICE = options(
     click.option("--provider", default="CPUExecutionProvider", show_default=True, help="onnxruntime provider on which models are timed."),
     click.option("--threads", type=click.IntRange(0), default=1, show_default=True, help="Its threads; 0: onnxruntime's own default."),
 )
-CALIBRATION = options(
+SAMPLES = options(
     click.option(
         "--calibration",
         metavar="SOURCE",
         help="Samples without labels: an .npz, a folder of arrays or images, module:function, noise, or none.",
     ),
     click.option("--samples", type=click.IntRange(1), help="Take so many of them, spread over the source."),
+)
+CALIBRATION = options(
+    SAMPLES,
     click.option(
         "--compensation",
         help="How what stays makes up for what went: refine, reconstruct, moments, update, mean, merge (data-free), none.",
@@ -185,3 +202,21 @@ def read_ratios(texts: tuple[str, ...]) -> dict[str, float]:
         if not pattern:
             raise OnnxPruneError(f"--layer-ratio '{text}': write it as 'GLOB=0.3'")
     return found
+
+
+def read_list(text: str, option: str) -> tuple[float, ...]:
+    """Ratios as first:last:step or with commas between them, rising; raises OnnxPruneError for what is neither, or not in 0 … 1."""
+    try:
+        if ":" in text:
+            first, last, step = (float(part) for part in text.split(":"))
+            found = [first + i * step for i in range(int((last - first) / step + 1e-6) + 1)] if step > 0 else []
+        else:
+            found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = []
+    if not found:
+        raise OnnxPruneError(f"{option} '{text}': write it as first:last:step, such as 0.1:0.8:0.1, or as 0.1,0.3,0.5")
+    wrong = [ratio for ratio in found if not 0 < ratio < 1]
+    if wrong:
+        raise OnnxPruneError(f"{option} '{text}': {wrong[0]:g} is no share to remove; it must lie between 0 and 1")
+    return tuple(sorted({round(ratio, 6) for ratio in found}))

@@ -10,6 +10,7 @@ import numpy as np
 from onnxprune.allocations import BALANCED, DISTORTION, MEASURED, Choice
 from onnxprune.compensation import compensation
 from onnxprune.criteria import criterion as criteria
+from onnxprune.curves import RATIOS, change, curves, outputs_of
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Grouping
 from onnxprune.plans import Plan
@@ -17,7 +18,6 @@ from onnxprune.reconstruction import reconstruct
 from onnxprune.rewriter import Widths, rewrite
 from onnxprune.rounds import put_back
 from onnxprune.saliency import measured
-from onnxprune.sensitivity import RATIOS, change, curves, outputs_of
 from onnxprune.study import Study
 
 AUTO, PCA = "auto", "pca"

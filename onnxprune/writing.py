@@ -120,6 +120,11 @@ def write_text(text: str, path: str | os.PathLike[str]) -> None:
     _replace({Path(path): lambda temporary: Path(temporary).write_text(text, encoding="utf-8")})
 
 
+def write_bytes(content: bytes, path: str | os.PathLike[str]) -> None:
+    """Write a binary file."""
+    _replace({Path(path): lambda temporary: Path(temporary).write_bytes(content)})
+
+
 def _replace(jobs: dict[Path, Callable[[str], object]]) -> None:
     """All of the files or none: what stood there before comes back where not all can take their places."""
     temporaries: dict[Path, str] = {}

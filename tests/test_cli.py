@@ -94,7 +94,9 @@ def test_bench_shows_models_side_by_side(command: Command) -> None:
     assert [m["macs"] for m in json.loads(result.stdout)] == [2 * 91392, 2 * 166144]
 
 
-@pytest.mark.parametrize("name", ["", "prune", "groups", "plan", "apply", "export-plan", "verify", "bench"])
+@pytest.mark.parametrize(
+    "name", ["", "prune", "groups", "plan", "apply", "export-plan", "verify", "bench", "inspect", "sensitivity", "sweep"]
+)
 def test_help_has_examples(command: Command, name: str) -> None:
     result = command(*([name] if name else []), "--help")
     assert result.returncode == 0

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import MODELS
-from outside import Weight, build
+from outside import build
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

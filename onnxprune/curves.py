@@ -43,6 +43,16 @@ def _flat(runs: Outputs) -> dict[str, np.ndarray]:
     return {name: np.concatenate([np.ravel(run[name]) for run in runs]) for name in runs[0]}
 
 
+def trimmed(
+    plan: Plan, evidence: Evidence, batches: Sequence[Arrays], finish: Callable[[ModelProto], ModelProto] = lambda model: model
+) -> ModelProto:
+    """What the plan leaves, with the layers that read it updated in one shot."""
+    pruned = updated(plan, finish(rewrite(plan.grouping, plan.remove)), evidence)
+    for product in narrowed(plan, pruned):
+        match(plan, pruned, product, lambda: batches)
+    return pruned
+
+
 def curves(
     grouping: Grouping,
     evidence: Evidence,
@@ -70,9 +80,7 @@ def curves(
     def measure(group: int, units: np.ndarray) -> float:
         plan = Plan(grouping, {group: units})
         try:
-            pruned = updated(plan, finish(rewrite(grouping, plan.remove)), evidence)
-            for product in narrowed(plan, pruned):
-                match(plan, pruned, product, lambda: batches)
+            pruned = trimmed(plan, evidence, batches, finish)
             return change(before, outputs_of(pruned, batches), Widths(grouping, plan.remove))
         except OnnxPruneError:
             return float("inf")

@@ -1,0 +1,295 @@
+"""The commands that look at a model before anything is decided: `inspect`, `sensitivity` and `sweep`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxprune.errors import OnnxPruneError
+from onnxprune.options import (
+    ALLOW_IO,
+    CALIBRATION,
+    CHOICE,
+    EVALUATION,
+    FEEDS,
+    JSON,
+    MODEL,
+    PREPROCESS,
+    QUIET,
+    SAMPLES,
+    SCOPE,
+    SEED,
+    VERBOSE,
+    VERIFY,
+    but,
+    options,
+    read_feeds,
+    read_list,
+    read_ratios,
+    read_shapes,
+)
+from onnxprune.terminal import complain, console, progress, write_json
+
+
+@click.command()
+@MODEL
+@options(
+    click.option("--around", metavar="NAME", help="Draw the dependencies around this node, value or group (group:3); needs -o."),
+    click.option("--depth", type=click.IntRange(0), default=2, show_default=True, help="… up to so many relations away."),
+    click.option("--output", "-o", metavar="FILE", help="The drawing: .svg, .png, .dot or .graphml; without --around all of the model."),
+    click.option("--min-keep", default=0.1, show_default=True, help="Least that a group keeps: a share below 1, or a number of units."),
+    FEEDS,
+    SEED,
+    ALLOW_IO,
+    VERIFY,
+    JSON,
+    QUIET,
+    VERBOSE,
+)
+def inspect(
+    model: str,
+    around: str | None,
+    depth: int,
+    output: str | None,
+    min_keep: float,
+    feeds: str | None,
+    shapes: tuple[str, ...],
+    seed: int,
+    allow_io: tuple[str, ...],
+    verify: bool,
+    json_path: str | None,
+    quiet: bool,
+    verbose: bool,
+) -> int:
+    """Show layers and groups, where MACs and parameters are, what is fixed, and how much could go; draw what is coupled.
+
+    \b
+    onnxprune inspect model.onnx
+    onnxprune inspect model.onnx --around /layer1/conv1/Conv -o conv1.svg
+    onnxprune inspect model.onnx --around group:3 --depth 1 -o group3.graphml
+    """
+    from onnxprune.drawing import check_drawing, draw, neighbourhood
+    from onnxprune.inspection import inspect as look
+    from onnxprune.writing import check_apart, check_target
+
+    if around is not None and output is None:
+        raise OnnxPruneError("--around draws, so it needs a file: give -o FILE.svg, .png, .dot or .graphml")
+    check_apart(model, output, json_path, feeds)
+    if output:
+        check_drawing(output, model)
+    if json_path and json_path != "-":
+        check_target(json_path, model)
+    with progress(quiet) as say:
+        found = look(
+            model,
+            feeds=read_feeds(feeds),
+            input_shapes=read_shapes(shapes),
+            allow_io=allow_io,
+            min_keep=min_keep,
+            verify=verify,
+            seed=seed,
+            progress=say,
+        )
+        if output:
+            say("drawing")
+            graph = neighbourhood(found.grouping, around, depth)
+            draw(graph, output, f"{found.grouping.model.name}: {around}, {depth} relations away" if around else found.grouping.model.name)
+    write_json(found.to_json(), json_path)
+    if not quiet and json_path != "-":
+        from onnxprune.tables import show_inspection
+
+        show_inspection(console(), found, verbose)
+        if output:
+            console().print(f"{output}: {len(graph)} axes", soft_wrap=True)
+    return 0
+
+
+PLOT = click.option("--plot", metavar="FILE", help="The curves too: .svg, .png or .pdf (needs the extra bench).")
+
+
+@click.command()
+@MODEL
+@options(
+    click.option("--ratios", default="0.1:0.9:0.2", show_default=True, help="Shares of a group's units: first:last:step, or with commas."),
+    click.option("--criterion", default="obs", show_default=True, help="Which units go first (docs/criteria.md)."),
+    SAMPLES,
+    EVALUATION,
+    PREPROCESS,
+    SCOPE,
+    click.option("--state", metavar="FILE", help="Where points are kept; MODEL-sensitivity.json beside the model if not given."),
+    PLOT,
+    FEEDS,
+    SEED,
+    ALLOW_IO,
+    VERIFY,
+    JSON,
+    QUIET,
+)
+def sensitivity(
+    model: str,
+    ratios: str,
+    calibration: str | None,
+    evaluation: str | None,
+    state: str | None,
+    plot: str | None,
+    feeds: str | None,
+    shapes: tuple[str, ...],
+    json_path: str | None,
+    quiet: bool,
+    **chosen: Any,
+) -> int:
+    """Measure what each group alone is worth: how much the outputs change, and accuracy with it, over the share of its units that go.
+
+    \b
+    onnxprune sensitivity model.onnx --calibration data.npz
+    onnxprune sensitivity model.onnx --calibration data.npz --eval test.npz --plot curves.svg
+
+    Every point is kept in the state file as soon as it is measured: after an interruption, or with other --ratios, the same command
+    goes on where it was.
+    """
+    from onnxprune.importer import read
+    from onnxprune.sensitivities import sensitivity as measure
+    from onnxprune.writing import check_apart, check_target
+
+    if calibration is None:
+        raise OnnxPruneError("sensitivity measures on samples; give --calibration (samples, or 'noise')")
+    read(model)
+    source = Path(model)
+    target = check_target(state or source.with_name(f"{source.stem}-sensitivity.json"), source)
+    check_apart(model, target, plot, json_path, feeds, evaluation, calibration)
+    if plot:
+        from onnxprune.plots import check_plot
+
+        check_plot(plot, model)
+    if json_path and json_path != "-":
+        check_target(json_path, model)
+    with progress(quiet) as say, resumable(str(target)):
+        found = measure(
+            model,
+            calibration,
+            ratios=read_list(ratios, "--ratios"),
+            evaluation=evaluation,
+            feeds=read_feeds(feeds),
+            input_shapes=read_shapes(shapes),
+            state=target,
+            progress=say,
+            **chosen,
+        )
+    if plot:
+        from onnxprune.plots import plot_sensitivity
+
+        plot_sensitivity(found.to_json(), plot)
+    write_json(found.to_json(), json_path)
+    if not quiet and json_path != "-":
+        from onnxprune.tables import show_sensitivity
+
+        show_sensitivity(console(), found)
+        console().print(f"kept in {target}" + (f", drawn in {plot}" if plot else ""), soft_wrap=True)
+    return 0
+
+
+@contextmanager
+def resumable(where: str) -> Iterator[None]:
+    """Says after an interruption that nothing measured is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"what was measured is kept in {where}; the same command goes on from there", err=True)
+        raise
+
+
+@click.command()
+@MODEL
+@options(
+    click.option("--ratios", default="0.1:0.8:0.1", show_default=True, help="Shares of the budget: first:last:step, or with commas."),
+    click.option("--criteria", metavar="NAME,…", default="", help="Try each of these (docs/criteria.md); prune's own if not given."),
+    click.option("--allocations", metavar="NAME,…", default="", help="… with each of these."),
+    click.option("--output", "-o", metavar="FOLDER", help="For models, plans and results.json; MODEL-sweep beside the model if not given."),
+    click.option("--jobs", "-j", type=int, default=1, show_default=True, help="Points made side by side, a process each; -1: one a core."),
+    click.option("--seconds", type=click.FloatRange(0), default=1.0, show_default=True, help="For each model's latency; 0: none."),
+    click.option("--provider", default="CPUExecutionProvider", show_default=True, help="onnxruntime provider of the latency."),
+    but(CHOICE, "ratio", "criterion", "allocation"),
+    CALIBRATION,
+    EVALUATION,
+    PREPROCESS,
+    PLOT,
+    FEEDS,
+    SEED,
+    VERIFY,
+    JSON,
+    QUIET,
+)
+def sweep(
+    model: str,
+    ratios: str,
+    criteria: str,
+    allocations: str,
+    output: str | None,
+    plot: str | None,
+    feeds: str | None,
+    shapes: tuple[str, ...],
+    json_path: str | None,
+    quiet: bool,
+    layer_ratios: tuple[str, ...],
+    **chosen: Any,
+) -> int:
+    """Prune at many ratios: the curve of accuracy or fidelity over MACs, parameters and latency, with its Pareto points.
+
+    \b
+    onnxprune sweep model.onnx --ratios 0.1:0.8:0.1 --calibration data.npz --eval test.npz
+    onnxprune sweep model.onnx --criteria obs,l2 --allocations global --jobs 4 --plot curve.svg
+
+    Every model is kept in the folder with its plan.  After an interruption the same command makes what is missing; with other ratios,
+    criteria or allocations it adds to what is there.  A point that fails does not stop the others (exit code 3).
+    """
+    from onnxprune.importer import read
+    from onnxprune.sweeping import sweep as run
+    from onnxprune.writing import check_apart, check_target
+
+    read(model)
+    source = Path(model)
+    folder = output or str(source.with_name(f"{source.stem}-sweep"))
+    check_apart(model, plot, json_path, feeds, folder)
+    if plot:
+        from onnxprune.plots import check_plot
+
+        check_plot(plot, model)
+    if json_path and json_path != "-":
+        check_target(json_path, model)
+    with progress(quiet) as say, resumable(folder):
+        found = run(
+            model,
+            folder,
+            read_list(ratios, "--ratios"),
+            criteria=_names(criteria),
+            allocations=_names(allocations),
+            feeds=read_feeds(feeds),
+            input_shapes=read_shapes(shapes),
+            layer_ratios=read_ratios(layer_ratios),
+            progress=say,
+            **chosen,
+        )
+    if plot:
+        from onnxprune.plots import plot_sweep
+
+        plot_sweep(found.to_json(), plot)
+    write_json(found.to_json(), json_path)
+    if not quiet and json_path != "-":
+        from onnxprune.tables import show_sweep
+
+        show_sweep(console(), found)
+        console().print(f"kept in {folder}" + (f", drawn in {plot}" if plot else ""), soft_wrap=True)
+    for point in found.failed:
+        complain(f"{point['name']}: {point['error']}")
+    return 3 if found.failed else 0
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+COMMANDS = (inspect, sensitivity, sweep)

@@ -1,0 +1,46 @@
+"""What all commands say and where: tables on standard output, progress and errors on standard error, JSON in files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def complain(text: str) -> None:
+    """An error, in one line."""
+    click.echo(f"error: {' '.join(text.split())}", err=True)
+
+
+def console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A line on standard error that says what is going on; nothing where that is not a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("starting") as status:
+        yield lambda text: status.update(text)
+
+
+def write_json(content: Any, path: str | None) -> None:
+    from onnxprune.writing import write_text
+
+    if path == "-":
+        click.echo(json.dumps(content))
+    elif path:
+        write_text(json.dumps(content), path)
