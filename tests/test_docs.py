@@ -24,11 +24,19 @@ from outside import build
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"(?:<!-- (needs|not run): ([^>]*?) -->\n)?^```(bash|python|toml|json)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-ELSEWHERE = {"fine-tuning.md": "test_handoff runs them, on models of each framework"}
+ELSEWHERE = {
+    "fine-tuning.md": "test_handoff runs them, on models of each framework",
+    "deployment.md": "test_deployment runs them in their order",
+}
+CLOSE = (0, 3)  # a measured latency may be missed
 BEFORE = {  # what a reader has by then
     "calibration.md": """
 import onnx, numpy as np
 candidate_one = candidate_other = onnx.load("model.onnx")
+""",
+    "report.md": """
+import onnxprune
+result = onnxprune.prune("model.onnx", 0.4)
 """,
 }
 
@@ -70,11 +78,13 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
             image.fromarray(rng.integers(0, 256, (300, 280, 3)).astype(np.uint8)).save(tmp_path / "photos" / f"{i}.png")
         return tmp_path
     shutil.copy(MODELS / "digits-resnet.onnx", tmp_path / "model.onnx")
-    shutil.copy(MODELS / "digits-resnet.onnx", tmp_path / "fine-tuned.onnx")
+    for name in ("fine-tuned.onnx", "digits-resnet.onnx", "decoder.onnx"):
+        shutil.copy(MODELS / "digits-resnet.onnx", tmp_path / name)
     with np.load(MODELS / "digits-images.calibration.npz") as data:
         np.savez(tmp_path / "data.npz", **{k: data[k][:64] for k in data.files})
     with np.load(MODELS / "digits-images.eval.npz") as data:
         np.savez(tmp_path / "labelled.npz", **{k: data[k][:64] for k in data.files})
+    shutil.copy(tmp_path / "labelled.npz", tmp_path / "test.npz")
     if page in ("README.md", "tutorial.md"):
         run(tmp_path, "-m", "onnxprune", "model.onnx", "-r", "0.3", "-o", "smaller.onnx", "--plan-out", "plan.json", "-q")
     if page == "README.md":
@@ -96,7 +106,7 @@ def safetensors(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def run(folder: Path, *command: str) -> None:
     made = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, check=False)
-    assert made.returncode == 0, f"{shlex.join(command)}\n{made.stdout}{made.stderr}"
+    assert made.returncode in (CLOSE if "latency" in command else (0,)), f"{shlex.join(command)}\n{made.stdout}{made.stderr}"
 
 
 @pytest.mark.parametrize("block", blocks(), ids=lambda block: f"{block.page}-{block.number}")
