@@ -108,6 +108,8 @@ def sweep(
     """
     if unknown := options.keys() - inspect.signature(api.prune).parameters.keys():
         raise TypeError(f"sweep: prune has no option '{min(unknown)}'")
+    if jobs == 0:
+        raise OnnxPruneError("jobs is 0; it is a number of processes, or -1 for one a core")
     for ratio in ratios:
         check_ratio(ratio)
     folder = _folder(output)

@@ -106,6 +106,18 @@ def test_an_interruption_keeps_what_is_made(tmp_path: Path) -> None:
     assert len(onnxprune.sweep(MLP, tmp_path / "out", (0.3, 0.5, 0.7), seconds=0).points) == 3
 
 
+def test_weights_in_another_file_are_the_model_too(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        (tmp_path / "w.bin").unlink(missing_ok=True)
+        onnx.save(two_layers(seed=seed), tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+        if seed == 0:
+            onnxprune.sweep(tmp_path / "m.onnx", tmp_path / "out", (0.5,), seconds=0)
+            graph = (tmp_path / "m.onnx").read_bytes()
+    assert graph == (tmp_path / "m.onnx").read_bytes()
+    with pytest.raises(OnnxPruneError, match="another model"):
+        onnxprune.sweep(tmp_path / "m.onnx", tmp_path / "out", (0.5,), seconds=0)
+
+
 @pytest.mark.parametrize("other", ["model", "of", "eval", "seed"])
 def test_a_folder_of_another_sweep_is_refused(tmp_path: Path, other: str) -> None:
     onnxprune.sweep(MLP, tmp_path / "out", (0.5,), seconds=0)
@@ -155,6 +167,7 @@ def test_a_point_that_failed_is_tried_again(tmp_path: Path) -> None:
         (("--allocations", "fair"), ["fair"]),
         (("--eval", "nowhere.npz"), ["nowhere.npz"]),
         (("--granularity", "atom"), ["atom"]),
+        (("--jobs", "0"), ["jobs is 0"]),
         (("-o", MLP), ["named twice"]),
     ],
 )
