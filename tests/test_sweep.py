@@ -120,13 +120,12 @@ def test_weights_in_another_file_are_the_model_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", ["model", "of", "eval", "seed"])
 def test_a_folder_of_another_sweep_is_refused(tmp_path: Path, other: str) -> None:
-    onnxprune.sweep(MLP, tmp_path / "out", (0.5,), seconds=0)
+    onnxprune.sweep(onnx.load(MLP), tmp_path / "out", (0.5,), seconds=0)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     changed: dict[str, dict[str, Any]] = {"of": {"of": "params"}, "eval": {"evaluation": LABELLED}, "seed": {"seed": 1}}
-    model = tmp_path / "other.onnx"
-    onnx.save(two_layers(), model)
+    model = two_layers() if other == "model" else onnx.load(MLP)
     with pytest.raises(OnnxPruneError, match=r"another (model|of|eval|seed).* -o"):
-        onnxprune.sweep(model if other == "model" else MLP, tmp_path / "out", (0.5,), seconds=0, **changed.get(other, {}))
+        onnxprune.sweep(model, tmp_path / "out", (0.5,), seconds=0, **changed.get(other, {}))
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
@@ -171,8 +170,9 @@ def test_a_point_that_failed_is_tried_again(tmp_path: Path) -> None:
         (("-o", MLP), ["named twice"]),
     ],
 )
-def test_bad_input(command: Command, options: tuple[str | Path, ...], words: list[str]) -> None:
+def test_bad_input(command: Command, tmp_path: Path, options: tuple[str | Path, ...], words: list[str]) -> None:
     failing(command("sweep", MLP, *(() if "-o" in options else ("-o", "out")), "--seconds", "0", *options), 2, *words)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib (the extra bench) is not there")
