@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from onnx import ModelProto
 from onnxprune import __version__
 from onnxprune.errors import OnnxPruneError
 from onnxprune.samples import Samples
+from onnxprune.scopes import all_graphs
 from onnxprune.userfunctions import is_function
 from onnxprune.writing import write_text
 
@@ -33,7 +35,8 @@ def _digest(source: str | os.PathLike[str] | ModelProto) -> str:
         found.update(source.SerializeToString(deterministic=True))
         return found.hexdigest()
     path = Path(source)
-    tensors = onnx.external_data_helper._get_all_tensors(onnx.load(str(path), load_external_data=False))
+    graphs = list(all_graphs(onnx.load(str(path), load_external_data=False).graph))
+    tensors = [t for graph in graphs for t in (*graph.initializer, *(a.t for node in graph.node for a in node.attribute))]
     external = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
     for file in (path, *(path.parent / name for name in sorted(external))):
         with open(file, "rb") as stream:
@@ -79,23 +82,22 @@ def read_kept(path: str | os.PathLike[str], kind: str, key: Mapping[str, Any], r
 
 
 def keep(content: Mapping[str, Any], path: str | os.PathLike[str] | None) -> None:
+    """Write it, if there is somewhere to."""
     if path is not None:
         write_text(json.dumps(content, indent=1), path)
 
 
 def counted(total: int, done: int, what: str, progress: Callable[[str], None] | None) -> Callable[[], None]:
-    """Says how many are done each time that it is called."""
-    import time
-
-    start, state = time.monotonic(), {"new": 0}
+    """To be called when one more is done: says how many are, and how long the rest may take.  `done` were before."""
+    start, new = time.monotonic(), 0
 
     def tell(step: int = 1) -> None:
-        state["new"] += step
-        so_far = done + state["new"]
-        left = (time.monotonic() - start) / max(1, state["new"]) * (total - so_far)
-        when = f", about {_duration(left)} left" if state["new"] and so_far < total else ""
+        nonlocal new
+        new += step
+        left = (time.monotonic() - start) / max(1, new) * (total - done - new)
+        when = f", about {_duration(left)} left" if new and done + new < total else ""
         if progress:
-            progress(f"{so_far} of {total} {what}{when}")
+            progress(f"{done + new} of {total} {what}{when}")
 
     tell(0)
     return tell

@@ -108,14 +108,12 @@ def sweep(
     """
     if unknown := options.keys() - inspect.signature(api.prune).parameters.keys():
         raise TypeError(f"sweep: prune has no option '{min(unknown)}'")
+    if jobs == 0:
+        raise OnnxPruneError("jobs is 0; it is a number of processes, or -1 for one a core")
     for ratio in ratios:
         check_ratio(ratio)
-    folder = _folder(output)
-    if isinstance(model, ModelProto):
-        write_model(model, folder / "original.onnx")
-        model = folder / "original.onnx"
-    source = os.path.abspath(model)
-    loaded = load(source, feeds, input_shapes)
+    folder = Path(output).absolute()
+    loaded = load(model, feeds, input_shapes)
     names = [(ratio, criterion, rule) for criterion in criteria or (None,) for rule in allocations or (None,) for ratio in sorted(ratios)]
     for _, criterion, rule in names:
         if criterion is not None:
@@ -127,7 +125,7 @@ def sweep(
     given = "none" if calibration is None else calibration
     data = read_calibration(given, loaded, preprocess=preprocess if calibration is not None else None, limit=samples, seed=seed)
     key = key_of(
-        source,
+        model,
         calibration=None if calibration is None else digest_of(data, given),
         eval=digest_of(read_calibration(judged, loaded, preprocess=preprocess, seed=seed + 1), judged),
         metric=getattr(metric, "__name__", metric),
@@ -135,15 +133,13 @@ def sweep(
         preprocess=preprocess,
         samples=samples,
         seed=seed,
+        provider=provider,
         **options,
     )
     kept = read_kept(folder / RESULTS, KIND, key, "give another folder with -o, or remove that one")
     rows = {row["name"]: row for row in kept.get("points", ()) if row["error"] is None and (folder / row["model"]).is_file()}
-    wanted = {_name(*name): name for name in names}
-    missing = {name: wanted[name] for name in wanted if name not in rows}
-    for name in missing:
-        check_target(folder / f"{name}.onnx", source)
     found = Sweep(loaded.name, folder, key, kept.get("measure"), kept.get("original") or {}, ())
+    source = _prepared(model, folder)
     task = Task(
         source=source,
         folder=str(folder),
@@ -153,27 +149,7 @@ def sweep(
         preprocess=preprocess,
         options={**options, "seed": seed, "feeds": feeds, "input_shapes": input_shapes},
     )
-    tell = counted(len(wanted), len(wanted) - len(missing), "points", progress)
-    try:
-        run = Parallel(n_jobs=jobs, return_as="generator_unordered")
-        for row, original in run(delayed(task)(name, *point) for name, point in missing.items()):
-            rows[row["name"]] = row
-            found = _marked(replace(found, measure=original.pop("measure", found.measure), original=original or found.original), rows)
-            keep(found.to_json(), folder / RESULTS)
-            tell()
-    except KeyboardInterrupt:
-        for half in folder.glob(".*.tmp"):  # of processes that were ended as they wrote
-            half.unlink(missing_ok=True)
-        raise
-    except TerminatedWorkerError as error:
-        done = sum(name in rows for name in wanted)
-        raise OnnxPruneError(
-            f"{loaded.name}: a process was killed, perhaps for memory; {done} of {len(wanted)} points are kept in {folder}: "
-            "start again with fewer --jobs"
-        ) from error
-    if rows and all(row["error"] is not None for row in rows.values()):
-        first = next(iter(rows.values()))
-        raise OnnxPruneError(f"no point could be made: {first['error']}", first["exit_code"])
+    found = _made(found, task, {_name(*name): name for name in names}, rows, jobs, progress)
     for row in rows.values() if seconds > 0 else ():
         if row["error"] is None and row["latency"] is None:
             if progress:
@@ -185,16 +161,58 @@ def sweep(
     return found
 
 
-def _folder(output: str | os.PathLike[str]) -> Path:
-    folder = Path(output).absolute()
+def _prepared(model: str | os.PathLike[str] | ModelProto, folder: Path) -> str:
+    """The folder is there, and the model is in a file whose path holds for all processes."""
     if folder.exists() and not folder.is_dir():
-        raise OnnxPruneError(f"{output}: is a file; give a folder for the models")
+        raise OnnxPruneError(f"{folder}: is a file; give a folder for the models")
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise OnnxPruneError(f"{output}: the folder cannot be made ({error.strerror}); choose another") from error
+        raise OnnxPruneError(f"{folder}: the folder cannot be made ({error.strerror}); choose another") from error
     check_target(folder / RESULTS)
-    return folder
+    if isinstance(model, ModelProto):
+        write_model(model, folder / "original.onnx")
+        model = folder / "original.onnx"
+    return os.path.abspath(model)
+
+
+def _made(
+    found: Sweep,
+    task: Task,
+    wanted: Mapping[str, tuple[float, str | None, str | None]],
+    rows: dict[str, Row],
+    jobs: int | None,
+    progress: Callable[[str], None] | None,
+) -> Sweep:
+    """Makes the points that are missing in `rows`, and puts them there."""
+    missing = {name: point for name, point in wanted.items() if name not in rows}
+    for name in missing:
+        check_target(found.folder / f"{name}.onnx", task.source)
+    tell = counted(len(wanted), len(wanted) - len(missing), "points", progress)
+    try:
+        run = Parallel(n_jobs=jobs, return_as="generator_unordered")
+        for row, original in run(delayed(task)(name, *point) for name, point in missing.items()):
+            rows[row["name"]] = row
+            found = _marked(replace(found, measure=original.pop("measure", found.measure), original=original or found.original), rows)
+            if len(found.failed) < len(found.points):
+                keep(found.to_json(), found.folder / RESULTS)
+            tell()
+    except KeyboardInterrupt:
+        for half in found.folder.glob(".*.tmp"):  # of processes that were ended as they wrote
+            half.unlink(missing_ok=True)
+        raise
+    except TerminatedWorkerError as error:
+        done = sum(name in rows for name in wanted)
+        raise OnnxPruneError(
+            f"{found.model}: a process was killed, perhaps for memory; {done} of {len(wanted)} points are kept in {found.folder}: "
+            "start again with fewer --jobs"
+        ) from error
+    if rows and all(row["error"] is not None for row in rows.values()):
+        if not any(found.folder.iterdir()):
+            found.folder.rmdir()
+        first = next(iter(rows.values()))
+        raise OnnxPruneError(f"no point could be made: {first['error']}", first["exit_code"])
+    return found
 
 
 def _name(ratio: float, criterion: str | None, rule: str | None) -> str:

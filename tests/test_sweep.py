@@ -106,15 +106,26 @@ def test_an_interruption_keeps_what_is_made(tmp_path: Path) -> None:
     assert len(onnxprune.sweep(MLP, tmp_path / "out", (0.3, 0.5, 0.7), seconds=0).points) == 3
 
 
+def test_weights_in_another_file_are_the_model_too(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        (tmp_path / "w.bin").unlink(missing_ok=True)
+        onnx.save(two_layers(seed=seed), tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+        if seed == 0:
+            onnxprune.sweep(tmp_path / "m.onnx", tmp_path / "out", (0.5,), seconds=0)
+            graph = (tmp_path / "m.onnx").read_bytes()
+    assert graph == (tmp_path / "m.onnx").read_bytes()
+    with pytest.raises(OnnxPruneError, match="another model"):
+        onnxprune.sweep(tmp_path / "m.onnx", tmp_path / "out", (0.5,), seconds=0)
+
+
 @pytest.mark.parametrize("other", ["model", "of", "eval", "seed"])
 def test_a_folder_of_another_sweep_is_refused(tmp_path: Path, other: str) -> None:
-    onnxprune.sweep(MLP, tmp_path / "out", (0.5,), seconds=0)
+    onnxprune.sweep(onnx.load(MLP), tmp_path / "out", (0.5,), seconds=0)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     changed: dict[str, dict[str, Any]] = {"of": {"of": "params"}, "eval": {"evaluation": LABELLED}, "seed": {"seed": 1}}
-    model = tmp_path / "other.onnx"
-    onnx.save(two_layers(), model)
+    model = two_layers() if other == "model" else onnx.load(MLP)
     with pytest.raises(OnnxPruneError, match=r"another (model|of|eval|seed).* -o"):
-        onnxprune.sweep(model if other == "model" else MLP, tmp_path / "out", (0.5,), seconds=0, **changed.get(other, {}))
+        onnxprune.sweep(model, tmp_path / "out", (0.5,), seconds=0, **changed.get(other, {}))
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
@@ -155,11 +166,13 @@ def test_a_point_that_failed_is_tried_again(tmp_path: Path) -> None:
         (("--allocations", "fair"), ["fair"]),
         (("--eval", "nowhere.npz"), ["nowhere.npz"]),
         (("--granularity", "atom"), ["atom"]),
+        (("--jobs", "0"), ["jobs is 0"]),
         (("-o", MLP), ["named twice"]),
     ],
 )
-def test_bad_input(command: Command, options: tuple[str | Path, ...], words: list[str]) -> None:
+def test_bad_input(command: Command, tmp_path: Path, options: tuple[str | Path, ...], words: list[str]) -> None:
     failing(command("sweep", MLP, *(() if "-o" in options else ("-o", "out")), "--seconds", "0", *options), 2, *words)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib (the extra bench) is not there")
