@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -131,9 +131,9 @@ def _replace(jobs: dict[Path, Callable[[str], object]]) -> None:
     before: dict[Path, str | None] = {}
     try:
         for target, job in jobs.items():
-            handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-            temporaries[target] = name
-            os.close(handle)
+            name = str(target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp")
+            temporaries[target] = name  # known before it is there, so that no interruption leaves it behind
+            os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             job(name)
             _sync(name)
         for target, name in temporaries.items():

@@ -59,7 +59,7 @@ def test_pyproject_and_a_commands_own_table(tmp_path: Path) -> None:
         ("ratio = 'much'\n", "'ratio' is 'much'"),
         ("ratio = [0.1]\n", "'ratio' is [0.1]"),
         ("ratio = 0.3\nverify = 1\n", "'verify' is 1; it must be true or false"),
-        ("[plan]\nthreads = 1\n", "'plan' has no option 'threads'"),
+        ("[plan]\nwarmup = 1\n", "'plan' has no option 'warmup'"),
         ("ratio = \n", "is not TOML"),
     ],
 )
