@@ -226,7 +226,7 @@ def prune(
     _some(grouping)
     idle = set(proof.unexercised) if proof else set()
     stored: Stored | None = None
-    floats = unquantized(loaded.proto) if criterion != PCA else None
+    floats = unquantized(loaded.proto) if criterion != PCA and not loaded.external.places else None  # a copy takes all weights at once
     if floats is not None:
         inner = at_granularity(group(load(floats, feeds, loaded.input_shapes), allow_io), granularity)
         numbers = counterparts(inner, grouping)
@@ -306,7 +306,7 @@ def prune(
 
     failure: ProofError | None = None
     for _ in range(ROUNDS):
-        choice = _landed(removing, ratio, loaded, grouping, study, clock, progress) if clock else removing(ratio)
+        choice = _landed(removing, ratio, loaded, grouping, study, clock, progress, stored) if clock else removing(ratio)
         if not choice.remove:
             break
         made = Plan(grouping, choice.remove, options, choice.reached)
@@ -515,10 +515,13 @@ def _landed(
     study: Study,
     timer: Timer,
     progress: Progress | None,
+    stored: Stored | None,
 ) -> Choice:
     """The choice whose measured latency is nearest to what is asked."""
 
     def made(choice: Choice) -> ModelProto:
+        if stored is not None:  # kernels of integers are timed, as in the original
+            return rewrite(stored.grouping, {stored.numbers[i]: units for i, units in choice.remove.items()})
         return study.finish(rewrite(grouping, choice.remove))
 
     found = land(loaded.proto, ratio, removing, made, timer, progress)
@@ -590,7 +593,9 @@ def _stored(result: Result, stored: Stored, study: Study) -> Result:
     if stored.bench is not None:
         check_model(stored.bench, model, Moves(cut.plan.grouping, after=remove))
     found = fidelity(original, [cut.model, model], study.part(FEW)) if result.fidelity else None
-    return replace(cut, model=model, refits=result.refits, fidelity=(found[0], found[1]) if found else None)
+    scores, losses = ({numbers[i]: one for i, one in named.items() if i in numbers} for named in (result.scores, result.losses))
+    fidelities = (found[0], found[1]) if found else None
+    return replace(cut, model=model, refits=result.refits, fidelity=fidelities, scores=scores, losses=losses)
 
 
 def _for_target(result: Result, original: Model, target: str | None) -> Result:

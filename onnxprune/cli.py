@@ -179,7 +179,7 @@ def prune(
     check_ratio(ratio)
     check_budget(chosen["of"])
     check_granularity(chosen["granularity"])
-    check_known(gates, evaluation, metric, chosen["calibration"])
+    check_known(gates, evaluation, metric, chosen["calibration"], chosen["compensation"])
     source = Path(model)
     target = check_target(output or source.with_name(f"{source.stem}-pruned.onnx"), source)
     check_apart(model, target, plan_out, json_path, report_path, feeds, evaluation)

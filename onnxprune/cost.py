@@ -216,7 +216,7 @@ class Counter:
         most = max((len(p.widths) for p in self._products), default=0)
         indices = np.array([[*p.widths, *[-1] * (most - len(p.widths))] for p in self._products], np.int64)
         owners = np.array([numbers[p.value] for p in self._products], np.int64)
-        return list(numbers), owners, np.array([p.factor for p in self._products], float), indices.reshape(-1, most)
+        return list(numbers), owners, np.array([p.factor for p in self._products], float), indices.reshape(len(self._products), most)
 
     def __call__(self, kept: Mapping[int, int]) -> float:
         widths = self._widths(kept)

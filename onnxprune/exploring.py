@@ -17,6 +17,7 @@ from onnxprune.options import (
     EVALUATION,
     FEEDS,
     JSON,
+    MEMORY,
     MODEL,
     PREPROCESS,
     QUIET,
@@ -126,6 +127,7 @@ PLOT = click.option("--plot", metavar="FILE", help="The curves too: .svg, .png o
     SEED,
     ALLOW_IO,
     VERIFY,
+    MEMORY,
     JSON,
     QUIET,
 )
@@ -220,6 +222,7 @@ def resumable(where: str) -> Iterator[None]:
     FEEDS,
     SEED,
     VERIFY,
+    MEMORY,
     JSON,
     QUIET,
 )

@@ -18,7 +18,7 @@ MISSED = 5  # exit code
 FIGURES = {
     "accuracy": "the pruned model's, from 0 to 1; needs --eval with labels",
     "agreement": "share of samples with the original's class; needs --eval",
-    "cosine": "of the output that is least like the original's; needs --eval or --calibration",
+    "cosine": "of the output that is least like the original's; needs --eval, or --calibration and a compensation",
     "macs": "share of the MACs that went",
     "metric": "the pruned model's --metric",
     "params": "share of the parameters that went",
@@ -65,10 +65,10 @@ def read_gates(texts: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def check_known(gates: Mapping[str, float], evaluation: object, metric: object, calibration: object) -> None:
+def check_known(gates: Mapping[str, float], evaluation: object, metric: object, calibration: object, compensation: object = None) -> None:
     """Raises OnnxPruneError where a figure cannot come out, before any work is done."""
     for figure in gates:
-        sampled = figure in SAMPLED or (figure == "cosine" and calibration in (None, "none"))
+        sampled = figure in SAMPLED or (figure == "cosine" and (calibration in (None, "none") or compensation == "none"))
         if sampled and evaluation is None:
             raise OnnxPruneError(f"--fail-under {figure}: {FIGURES[figure]}")
         if figure == "metric" and metric is None:

@@ -134,4 +134,4 @@ def _kept(tensor: TensorProto, array: np.ndarray) -> bool:
 
 
 def _tensor(array: np.ndarray, name: str, kind: int) -> TensorProto:
-    return numpy_helper.from_array(np.ascontiguousarray(array.astype(helper.tensor_dtype_to_np_dtype(kind))), name)
+    return numpy_helper.from_array(np.asarray(array, helper.tensor_dtype_to_np_dtype(kind), order="C"), name)  # 0-d stays 0-d

@@ -17,6 +17,7 @@ from onnxprune.curves import change, outputs_of, trimmed
 from onnxprune.depth import at_granularity
 from onnxprune.errors import OnnxPruneError
 from onnxprune.evaluation import Metric
+from onnxprune.external import AT_ONCE
 from onnxprune.grouping import Grouping, group
 from onnxprune.importer import load
 from onnxprune.keeping import counted, digest_of, keep, key_of, read_kept
@@ -98,6 +99,7 @@ def sensitivity(
     feeds: Arrays | None = None,
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     verify: bool = True,
+    memory: int | None = None,
     seed: int = 0,
     state: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
@@ -121,7 +123,8 @@ def sensitivity(
         raise OnnxPruneError("--metric says how the samples of --eval are used; give --eval too")
     if progress:
         progress("reading the model")
-    loaded = load(model, feeds, input_shapes)
+    loaded = load(model, feeds, input_shapes, AT_ONCE if memory is None else memory)
+    loaded.external.need_memory(loaded.name, "sensitivity")
     data = read_calibration(calibration, loaded, preprocess=preprocess, limit=samples, seed=seed)
     if not data.count:
         raise OnnxPruneError("--calibration none: there is nothing to measure on; give samples, or 'noise'")

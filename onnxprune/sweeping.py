@@ -23,17 +23,19 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from onnx import ModelProto
 
 from onnxprune import api
-from onnxprune.allocations import check_allocation, check_ratio
+from onnxprune.allocations import LATENCY, check_allocation, check_ratio
 from onnxprune.benchmark import benchmark
 from onnxprune.calibration import read_calibration
 from onnxprune.errors import OnnxPruneError
 from onnxprune.evaluation import Metric
+from onnxprune.external import AT_ONCE
 from onnxprune.importer import Model, load
 from onnxprune.keeping import counted, digest_of, keep, key_of, read_kept
 from onnxprune.quality import evaluator, quality
 from onnxprune.running import Arrays
 from onnxprune.selection import check_criterion
 from onnxprune.shapes import seeded_feeds
+from onnxprune.stopwatch import check_device
 from onnxprune.writing import check_target, write_model, write_text
 
 KIND = "sweep"
@@ -113,7 +115,12 @@ def sweep(
     for ratio in ratios:
         check_ratio(ratio)
     folder = Path(output).absolute()
-    loaded = load(model, feeds, input_shapes)
+    memory = AT_ONCE if options.get("memory") is None else options["memory"]
+    options.pop("memory", None)
+    if seconds > 0 or options.get("of") == LATENCY:
+        check_device(provider, options.get("threads", 1))
+    loaded = load(model, feeds, input_shapes, memory)
+    loaded.external.need_memory(loaded.name, "a sweep")
     names = [(ratio, criterion, rule) for criterion in criteria or (None,) for rule in allocations or (None,) for ratio in sorted(ratios)]
     for _, criterion, rule in names:
         if criterion is not None:
@@ -147,7 +154,7 @@ def sweep(
         metric=metric,
         calibrated={} if calibration is None else {"calibration": _absolute(calibration), "preprocess": preprocess, "samples": samples},
         preprocess=preprocess,
-        options={**options, "seed": seed, "feeds": feeds, "input_shapes": input_shapes},
+        options={**options, "seed": seed, "feeds": feeds, "input_shapes": input_shapes, "memory": memory, "provider": provider},
     )
     found = _made(found, task, {_name(*name): name for name in names}, rows, jobs, progress)
     for row in rows.values() if seconds > 0 else ():
