@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -68,6 +69,9 @@ class Commands(click.Group):
         return super().make_context(info_name, args, parent, **extra)
 
     def main(self, *args: Any, **extra: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # an arrow that an encoding lacks is no reason to fail
         try:
             code = super().main(*args, **{**extra, "standalone_mode": False})
         except OnnxPruneError as error:
@@ -181,6 +185,8 @@ def prune(
     check_granularity(chosen["granularity"])
     check_known(gates, evaluation, metric, chosen["calibration"], chosen["compensation"])
     source = Path(model)
+    if source.is_dir():
+        raise OnnxPruneError(f"{source}: is a folder; give the path of an .onnx file")
     target = check_target(output or source.with_name(f"{source.stem}-pruned.onnx"), source)
     check_apart(model, target, plan_out, json_path, report_path, feeds, evaluation)
     if report_path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from onnxprune.inputs import Inputs
 from onnxprune.shapes import seeded_feeds
 
 COUNT, SMALL = 256, 2**14  # samples, where no number is asked for; four times as many of inputs with fewer elements
+ROOM = 2**25  # numbers of samples that are kept
 _PIXEL = 127.5, 58.0  # mean and standard deviation of the pixels of photographs, about
 
 
@@ -29,6 +30,7 @@ class Noise:
     inputs: Inputs
     preprocess: Preprocess | None
     seed: int
+    _kept: dict[int, dict[str, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def count(self) -> int:
@@ -37,7 +39,15 @@ class Noise:
         return COUNT * (4 if elements < SMALL else 1)
 
     def feed(self, number: int) -> dict[str, np.ndarray]:
-        """The sample of that number, one along the axis that counts samples."""
+        """The sample of that number, one along the axis that counts samples; kept while there is room, as many passes ask for it."""
+        if number not in self._kept:
+            feeds = self._made(number)
+            if (len(self._kept) + 1) * sum(array.size for array in feeds.values()) > ROOM:
+                return feeds
+            self._kept[number] = feeds
+        return dict(self._kept[number])
+
+    def _made(self, number: int) -> dict[str, np.ndarray]:
         wanted = {i.name: i for i in self.inputs.needed}
         shapes = {}
         for name, shape in self.model.input_shapes.items():

@@ -83,8 +83,28 @@ def show_result(console: Console, result: Result, ratio: float | None, of: str) 
     if result.latency:
         whole, left = result.latency
         console.print(f"latency: {1e3 * whole:.3g} ms → {1e3 * left:.3g} ms ({1 - left / whole:.1%} less)")
+    sizes = _open_sizes(result)
+    if sizes and ratio is not None:
+        console.print(f"counted and timed at {escape(sizes)}; other sizes in use: give them with --input-shape")
+    options = result.plan.options
+    if ratio is not None and options.get("compensation") == "none" and options.get("calibration") is None:
+        console.print(
+            "[yellow]chosen by the weights alone, and nothing makes up for what went: expect to lose accuracy; give --calibration "
+            "(a few hundred inputs, no labels, or 'noise')[/]"
+        )
     if ratio is not None and not result.on_budget:
         console.print(f"[yellow]asked for {ratio:.1%} of {of}; {result.reached:.1%} is the closest that the groups allow[/]")
+
+
+def _open_sizes(result: Result) -> str:
+    """The inputs whose sizes the file leaves open besides the batch, at the sizes that were used: `image 2×3×32×32 (h, w open)`."""
+    model, found = result.plan.grouping.model, []
+    for value in model.proto.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        free = [d.dim_param or "?" for d in list(dims)[1:] if not d.HasField("dim_value")]
+        if free and value.name in model.input_shapes:
+            found.append(f"{value.name} {'×'.join(map(str, model.input_shapes[value.name]))} ({', '.join(free)} open)")
+    return ", ".join(found)
 
 
 def _bar(share: float, width: int = 20) -> str:
