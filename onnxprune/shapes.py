@@ -50,9 +50,9 @@ def infer(
             raise OnnxPruneError(f"{name}: input '{value.name}' has no shape in the file; give it with --feeds or --input-shape")
     symbolic = any(not _static(v) for v in inputs)
     free = symbolic and any(v.name not in given for v in inputs)
-    problem = ""
+    problem, symbols = "", _symbols(inputs, given)
     for size in (2, 32, 64, 224) if free else (2,):
-        shapes = {v.name: given.get(v.name) or concrete(v, size) for v in inputs}
+        shapes = {v.name: given.get(v.name) or concrete(v, size, symbols) for v in inputs}
         for value in inputs:
             declared = value.type.tensor_type.shape.dim
             if value.name in given and value.type.tensor_type.HasField("shape"):
@@ -82,10 +82,21 @@ def _sized_by_data(nodes: Sequence[NodeProto], inputs: Iterable[onnx.ValueInfoPr
     return any(node.op_type in _RESIZING for node in nodes) or any(True for _ in numbers)
 
 
-def concrete(value: onnx.ValueInfoProto, size: int) -> Shape:
-    """The declared shape; a symbolic first axis (the batch) is 2 and other symbolic axes are `size`."""
+def concrete(value: onnx.ValueInfoProto, size: int, symbols: Mapping[str, int] | None = None) -> Shape:
+    """The declared shape; symbols are what they stand for, another open first axis (the batch) is 2 and other open axes are `size`."""
     dims = value.type.tensor_type.shape.dim
-    return tuple(d.dim_value or (2 if i == 0 else size) for i, d in enumerate(dims))
+    known = symbols or {}
+    return tuple(d.dim_value or known.get(d.dim_param) or (2 if i == 0 else size) for i, d in enumerate(dims))
+
+
+def _symbols(inputs: Sequence[onnx.ValueInfoProto], given: Mapping[str, Shape]) -> dict[str, int]:
+    """What symbols stand for: as in the shapes given, and 2 for what is the first axis of an input and another one of the next."""
+    found = {d.dim_param: 2 for v in inputs for d in list(v.type.tensor_type.shape.dim)[:1] if d.dim_param}
+    for value in inputs:
+        for d, n in zip(value.type.tensor_type.shape.dim, given.get(value.name, ()), strict=False):
+            if d.dim_param:
+                found[d.dim_param] = n
+    return found
 
 
 def _static(value: onnx.ValueInfoProto) -> bool:

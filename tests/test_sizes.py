@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from outside import build, distance, feeds_of, masked, run
+from outside import Weight, build, distance, feeds_of, masked, run
 
 import onnxprune
+from onnxprune.importer import load
 
 LAYERS = {"w1": (6, 8), "w2": (8, 4)}
 X, SEQUENCE = "float[B,6] x", "float[B,S,6] x"
@@ -98,3 +99,12 @@ def test_inputs_with_defaults_stay_inputs() -> None:
     pruned = onnxprune.prune(model, 0.4, of="channels").model
     assert [v.name for v in pruned.graph.input] == ["x", "unused"]
     assert "unused" in {t.name for t in pruned.graph.initializer}
+
+
+def test_a_symbol_has_one_size_in_all_inputs() -> None:
+    """A state [1, n, 4] beside x [n, 3, h, w] whose kernel takes no pictures of 2 by 2; and a shape given for one says it for the other."""
+    body = "h = Conv (x, a) p = GlobalAveragePool (h) f = Flatten (p) l = MatMul (s, b) m = Squeeze (l, zero) y = Add (f, m)"
+    weights: dict[str, Weight] = {"a": (6, 3, 5, 5), "b": (4, 6), "zero": [0]}
+    model = build("float[n,3,h,w] x, float[1,n,4] s", body, "float y", weights)
+    assert load(model).input_shapes == {"x": (2, 3, 32, 32), "s": (1, 2, 4)}
+    assert load(model, None, {"x": (5, 3, 8, 8)}).input_shapes["s"] == (1, 5, 4)
