@@ -107,10 +107,8 @@ def _of_layers(
     ends: Collection[int],
 ) -> list[Block] | None:
     """The blocks of what one layer makes and others read behind linear maps, besides those of a product."""
-    ends, taken = (
-        set(ends),
-        {(side.tensor, int(place)) for block in summing for side in (*block.left, *block.right) for place in side.places},
-    )
+    taken = {(side.tensor, int(place)) for block in summing for side in (*block.left, *block.right) for place in side.places}
+    inner = set(ends)  # the products that sum over the group, then the layers
     makers: list[tuple[Linear, Geometry, np.ndarray]] = []
     readers: list[tuple[Linear, int, np.ndarray, np.ndarray]] = []
     for member in group.members:
@@ -122,7 +120,7 @@ def _of_layers(
         read = features(layer, shape, weight, group)
         if shape.group > 1:
             return None
-        ends |= {layer.node, layer.add}
+        inner |= {layer.node, layer.add}
         if read is not None and member.axis != makes_along(shape):
             readers.append((layer, member.axis, member.indices, read))
         elif read is None and member.axis == makes_along(shape):
@@ -132,7 +130,7 @@ def _of_layers(
             return None
     if not makers and not readers:
         return []
-    if len(makers) != 1 or not readers or not _linear(model, carrying, ends):
+    if len(makers) != 1 or not readers or not _linear(model, carrying, inner):
         return None
     maker, shape, heads = makers[0]
     blocks = []

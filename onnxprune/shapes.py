@@ -90,7 +90,7 @@ def concrete(value: onnx.ValueInfoProto, size: int, symbols: Mapping[str, int] |
 
 
 def _symbols(inputs: Sequence[onnx.ValueInfoProto], given: Mapping[str, Shape]) -> dict[str, int]:
-    """What symbols stand for: as in the shapes given, and 2 for what is the first axis of an input and another one of the next."""
+    """What symbols stand for in all inputs: as in the shapes given, else 2 where they are the first axis (the batch) of any."""
     found = {d.dim_param: 2 for v in inputs for d in list(v.type.tensor_type.shape.dim)[:1] if d.dim_param}
     for value in inputs:
         for d, n in zip(value.type.tensor_type.shape.dim, given.get(value.name, ()), strict=False):
