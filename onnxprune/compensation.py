@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from onnx import ModelProto
 
+from onnxprune.distillation import distilled
 from onnxprune.errors import OnnxPruneError
 from onnxprune.expectation import expected
 from onnxprune.moments import Observed
@@ -77,6 +78,16 @@ def refine(study: Study, plan: Plan, pruned: ModelProto) -> Made:
     return reconstruct(plan, pruned, study.batches, progress=study.progress, after=after)
 
 
+@compensation("distill")
+def distill(study: Study, plan: Plan, pruned: ModelProto) -> Made:
+    """The same again, and then all layers together by the gradient of what the outputs miss (`distillation`)."""
+    plan, pruned = study.surgery(plan)
+    after = refiner(plan, pruned, study.batches, study.progress)
+    made, refits = reconstruct(plan, pruned, study.batches, progress=study.progress, after=after)
+    found, more = distilled(plan, made, study.samples, study.batch, study.progress)
+    return found, [*refits, *more]
+
+
 def match_moments(observed: Observed, matrix: np.ndarray, bias: np.ndarray, intercept: bool = True) -> Fit:
     """Each output scaled and shifted to the targets' mean and variance; the scale within a factor of 10."""
     both = observed.seen + observed.held
@@ -92,7 +103,7 @@ def match_moments(observed: Observed, matrix: np.ndarray, bias: np.ndarray, inte
     return Fit(made, shifted, 0.0, both.error(matrix, bias) / spread, both.error(made, shifted) / spread)
 
 
-TURNING = ("update", "reconstruct", "refine")  # start from the model with its linear bottlenecks turned (`turning`)
+TURNING = ("update", "reconstruct", "refine", "distill")  # start from the model with its linear bottlenecks turned (`turning`)
 DATA_FREE = ("none", "merge")
 
 

@@ -246,9 +246,9 @@ class Geometry:
         if self.op in CONVOLUTIONS:
             many = max(1, -(-many // out[0]))
         else:
-            live = _live(feeds, out, count)
-            if live is not None:
-                return live if len(live) <= many else np.sort(rng.choice(live, many, replace=False))
+            found = live(feeds, out, count)
+            if found is not None:
+                return found if len(found) <= many else np.sort(rng.choice(found, many, replace=False))
         return np.arange(count) if count <= many else np.sort(rng.choice(count, many, replace=False))
 
     def owners(self, out: tuple[int, ...], places: np.ndarray) -> np.ndarray:
@@ -301,7 +301,7 @@ def geometry(node: NodeProto, weight: str, rank: int) -> Geometry:
     )
 
 
-def _live(feeds: Arrays, out: tuple[int, ...], count: int) -> np.ndarray | None:
+def live(feeds: Arrays, out: tuple[int, ...], count: int) -> np.ndarray | None:
     """The places of (batch, sequence) that an input of zeros and ones named a mask leaves on; None where there is no such input."""
     for name, array in feeds.items():
         if "mask" not in name.lower() or array.ndim != 2 or array.size != count or out[0] not in (array.shape[0], count):

@@ -103,17 +103,23 @@ class Convolution:
 
     @cached_property
     def _downward(self) -> ort.InferenceSession:
-        return _session("Conv", self._attributes)
+        return _session("Conv", self.attributes)
 
     @cached_property
     def _upward(self) -> ort.InferenceSession:
+        return _session("ConvTranspose", self.upward)
+
+    @property
+    def upward(self) -> dict[str, Any]:
+        """The attributes of the ConvTranspose from the small side to the large one."""
         reach = [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
         sizes = zip(self.large, self.small, self.strides, reach, self.before, self.after, strict=True)
         rest = [n - ((o - 1) * s + r - b - a) for n, o, s, r, b, a in sizes]
-        return _session("ConvTranspose", self._attributes | {"output_padding": rest})
+        return self.attributes | {"output_padding": rest}
 
     @property
-    def _attributes(self) -> dict[str, Any]:
+    def attributes(self) -> dict[str, Any]:
+        """Those of the Conv from the large side to the small one."""
         return {
             "group": self.group,
             "kernel_shape": self.kernel,

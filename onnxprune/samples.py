@@ -120,6 +120,10 @@ class Samples:
         chosen = self._chosen[start:stop]
         return replace(self, count=len(chosen), _chosen=chosen)
 
+    def shuffled(self, seed: int) -> Samples:
+        """The same in another order."""
+        return replace(self, _chosen=np.random.default_rng(seed).permutation(self._chosen))
+
     def split(self, share: float, seed: int = 0) -> tuple[Samples, Samples]:
         """Two parts, each in order: about `share` of the samples to fit on, and the others, spread over the set, held out.
 

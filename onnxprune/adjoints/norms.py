@@ -1,0 +1,86 @@
+"""Norms, and softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onnxprune.gradients import Site, Unknown, Value, adjoint
+
+
+def _normalized(site: Site, axes: Sequence[int], centred: bool = True) -> tuple[Value, Value]:
+    """(x − mean)/deviation over some axes, and 1/deviation."""
+    x = site.x[0]
+    x = x - x.mean(axes) if centred else x
+    scale = site.tape.op("Reciprocal", site.tape.op("Sqrt", (x * x).mean(axes) + site.get("epsilon", 1e-5)))
+    return x * scale, scale
+
+
+def _through(g: Value, normal: Value, scale: Value, axes: Sequence[int], centred: bool = True) -> Value:
+    """What passes a norm: the part of g across the mean and across the normalized values themselves."""
+    left = g - normal * (g * normal).mean(axes)
+    return (left - g.mean(axes) if centred else left) * scale
+
+
+@adjoint("LayerNormalization")
+def layer_normalization(site: Site) -> Sequence[Value | None]:
+    rank = len(site.shape())
+    axes = list(range(site.get("axis", -1) % rank, rank))
+    normal, scale = _normalized(site, axes)
+    back = _through(site.g * site.x[1], normal, scale, axes)
+    return [back, site.fit(1, site.g * normal), *([site.fit(2, site.g)] if site.has(2) else [])]
+
+
+@adjoint("RMSNormalization", "SimplifiedLayerNormalization")
+def rms_normalization(site: Site) -> Sequence[Value | None]:
+    rank = len(site.shape())
+    axes = list(range(site.get("axis", -1) % rank, rank))
+    normal, scale = _normalized(site, axes, centred=False)
+    return _through(site.g * site.x[1], normal, scale, axes, centred=False), site.fit(1, site.g * normal)
+
+
+def _beside(value: Value, rank: int) -> Value:
+    """A number for each channel, to go along axis 1."""
+    return value.reshape([1, -1, *[1] * (rank - 2)])
+
+
+@adjoint("InstanceNormalization")
+def instance_normalization(site: Site) -> Sequence[Value | None]:
+    rank = len(site.shape())
+    axes, others = list(range(2, rank)), [0, *range(2, rank)]
+    normal, scale = _normalized(site, axes)
+    back = _through(site.g * _beside(site.x[1], rank), normal, scale, axes)
+    return back, (site.g * normal).sum(others, keepdims=False), site.g.sum(others, keepdims=False)
+
+
+@adjoint("BatchNormalization")
+def batch_normalization(site: Site) -> Sequence[Value | None]:
+    """Of running statistics, which get no gradient."""
+    if site.get("training_mode", 0):
+        raise Unknown
+    rank = len(site.shape())
+    others = [0, *range(2, rank)]
+    x, scale, _, mean, variance = site.x[:5]
+    root = site.tape.op("Reciprocal", site.tape.op("Sqrt", _beside(variance, rank) + site.get("epsilon", 1e-5)))
+    normal = (x - _beside(mean, rank)) * root
+    back = site.g * (_beside(scale, rank) * root)
+    return back, (site.g * normal).sum(others, keepdims=False), site.g.sum(others, keepdims=False)
+
+
+def _axis(site: Site) -> int:
+    """Before opset 13 all axes from `axis` on were one."""
+    rank = len(site.shape())
+    axis = int(site.get("axis", -1 if site.opset >= 13 else 1)) % rank
+    if site.opset < 13 and axis != rank - 1:
+        raise Unknown
+    return axis
+
+
+@adjoint("Softmax")
+def softmax(site: Site) -> Sequence[Value | None]:
+    y, g = site.y[0], site.g
+    return (y * (g - (g * y).sum([_axis(site)])),)
+
+
+@adjoint("LogSoftmax")
+def log_softmax(site: Site) -> Sequence[Value | None]:
+    return (site.g - site.tape.op("Exp", site.y[0]) * site.g.sum([_axis(site)]),)

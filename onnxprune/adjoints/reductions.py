@@ -1,0 +1,148 @@
+"""Sums and means over axes, and pooling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnxprune.gradients import Site, Unknown, Value, adjoint
+
+
+def _axes(site: Site) -> list[int]:
+    rank = len(site.shape())
+    given = site.array(1).ravel().tolist() if site.has(1) else site.get("axes")
+    if not given:
+        if site.get("noop_with_empty_axes", 0):
+            return []
+        return list(range(rank))
+    return sorted(int(axis) % rank for axis in given)
+
+
+def _kept(site: Site, value: Value) -> Value:
+    """With an axis of 1 in the place of each that is gone."""
+    axes = _axes(site)
+    return value.reshape([1 if i in axes else n for i, n in enumerate(site.shape())])
+
+
+def _spread(site: Site, value: Value) -> Value:
+    return site.tape.op("Expand", value, site.tape.integers(site.shape()))
+
+
+@adjoint("ReduceSum")
+def reduce_sum(site: Site) -> Sequence[Value | None]:
+    return (_spread(site, _kept(site, site.g)),)
+
+
+@adjoint("ReduceMean")
+def reduce_mean(site: Site) -> Sequence[Value | None]:
+    many = math.prod(site.shape()[axis] for axis in _axes(site))
+    return (_spread(site, _kept(site, site.g) * (1 / max(1, many))),)
+
+
+@adjoint("ReduceL2")
+def reduce_l2(site: Site) -> Sequence[Value | None]:
+    return (site.x[0] * _kept(site, site.g / site.y[0]),)
+
+
+@adjoint("ReduceSumSquare")
+def reduce_sum_square(site: Site) -> Sequence[Value | None]:
+    return (site.x[0] * _kept(site, site.g * 2.0),)
+
+
+@adjoint("ReduceMax", "ReduceMin")
+def reduce_extreme(site: Site) -> Sequence[Value | None]:
+    """To the numbers that are it."""
+    return (_spread(site, _kept(site, site.g)).where(site.tape.op("Equal", site.x[0], _kept(site, site.y[0]))),)
+
+
+@adjoint("GlobalAveragePool")
+def global_average_pool(site: Site) -> Sequence[Value | None]:
+    return (_spread(site, site.g * (1 / max(1, math.prod(site.shape()[2:])))),)
+
+
+def _pads(site: Site, dilations: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Padding before and after each spatial axis: what there is, and what of it is reached."""
+    kernel, strides = site.get("kernel_shape"), site.get("strides") or [1] * (len(site.out) - 2)
+    if site.get("auto_pad", b"NOTSET") not in (b"NOTSET", "NOTSET", b"VALID", "VALID"):
+        raise Unknown
+    before = list(site.get("pads") or [0] * 2 * len(kernel))[: len(kernel)]
+    sizes = zip(site.shape()[2:], site.out[2:], kernel, strides, dilations, before, strict=True)
+    after = [(o - 1) * s + (k - 1) * d + 1 - n - b for n, o, k, s, d, b in sizes]
+    return before, after
+
+
+@adjoint("AveragePool")
+def average_pool(site: Site) -> Sequence[Value | None]:
+    """Each output, over how many it is the mean of, to all of those."""
+    kernel = list(site.get("kernel_shape"))
+    strides = list(site.get("strides") or [1] * len(kernel))
+    dilations = list(site.get("dilations") or [1] * len(kernel))
+    before, after = _pads(site, dilations)
+    declared = list(site.get("pads") or [0] * 2 * len(kernel))[len(kernel) :]
+    include = bool(site.get("count_include_pad", 0))
+    counts = np.ones(site.out[2:])
+    sizes = zip(site.shape()[2:], site.out[2:], kernel, strides, dilations, before, declared, strict=True)
+    for axis, (n, o, k, s, d, b, a) in enumerate(sizes):
+        places = np.arange(o)[:, None] * s - b + np.arange(k) * d
+        inside = (places < n + a) & (places >= -b) if include else (places >= 0) & (places < n)
+        counts = counts * inside.sum(axis=1).reshape([-1 if i == axis else 1 for i in range(len(kernel))])
+    channels = site.shape()[1]
+    ones = site.tape.constant(np.ones((channels, 1, *kernel)))
+    return (
+        site.tape.op(
+            "ConvTranspose",
+            site.g / site.tape.constant(counts),
+            ones,
+            group=channels,
+            kernel_shape=kernel,
+            strides=strides,
+            dilations=dilations,
+            pads=[*before, *(max(a, 0) for a in after)],
+            output_padding=[max(-a, 0) for a in after],
+        ),
+    )
+
+
+@adjoint("MaxPool")
+def max_pool(site: Site) -> Sequence[Value | None]:
+    """To the place that onnxruntime names as the largest, which may be that of several outputs."""
+    names = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
+    given = {name: value for name in names if (value := site.get(name)) is not None}
+    if site.get("storage_order", 0):
+        raise Unknown
+    where = site.tape.op("MaxPool", site.x[0], output=1, **given)
+    return (_scattered(site, where),)
+
+
+@adjoint("GlobalMaxPool")
+def global_max_pool(site: Site) -> Sequence[Value | None]:
+    return (_spread(site, site.g).where(site.tape.op("Equal", site.x[0], site.y[0])),)
+
+
+def _scattered(site: Site, where: Value) -> Value:
+    zeros = site.tape.op("ConstantOfShape", site.tape.integers([math.prod(site.shape())]))
+    flat = site.tape.op("ScatterElements", zeros, where.reshape([-1]), site.g.reshape([-1]), axis=0, reduction="add")
+    return flat.reshape(site.shape())
+
+
+@adjoint("Resize", "Upsample")
+def resize(site: Site) -> Sequence[Value | None]:
+    """Of nearest neighbours at a whole factor: the sum of each block."""
+    floor = ("asymmetric", "floor"), ("", "floor")
+    middle = ("half_pixel", "round_prefer_floor"), ("half_pixel", "round_prefer_ceil"), ("pytorch_half_pixel", "round_prefer_floor")
+    where = [_text(site, "coordinate_transformation_mode", "half_pixel"), _text(site, "nearest_mode", "round_prefer_floor")]
+    where = ["", "floor"] if site.node.op_type == "Upsample" or site.opset < 11 else where
+    if _text(site, "mode", "nearest") != "nearest" or tuple(where) not in (*floor, *middle):
+        raise Unknown
+    shape, out = site.shape(), site.out
+    if any(o % n for o, n in zip(out, shape, strict=True)):
+        raise Unknown
+    apart = [n for o, n in zip(out, shape, strict=True) for n in (n, o // n)]
+    return (site.g.reshape(apart).sum(list(range(1, 2 * len(shape), 2)), keepdims=False),)
+
+
+def _text(site: Site, name: str, default: str) -> str:
+    given = site.get(name, default)
+    return given.decode() if isinstance(given, bytes) else str(given)
