@@ -35,7 +35,7 @@ from onnxprune.errors import OnnxPruneError, ProofError
 from onnxprune.external import AT_ONCE, IN_MEMORY
 from onnxprune.fidelity import Fidelity, fidelity
 from onnxprune.grouping import Grouping, group, without
-from onnxprune.importer import Model, load
+from onnxprune.importer import File, Model, load, read
 from onnxprune.latency import land, learned, met
 from onnxprune.moves import Moves
 from onnxprune.plans import Plan, match, read_plan
@@ -46,6 +46,7 @@ from onnxprune.rotation import Rotated, rotate
 from onnxprune.scoping import may_go
 from onnxprune.selection import PCA, Losses, Scores, check_criterion, in_steps, select
 from onnxprune.shapes import seeded_feeds
+from onnxprune.sizing import check_sized, sized
 from onnxprune.stopwatch import Stopwatch, Timer, check_device
 from onnxprune.study import Study
 from onnxprune.tensorrt import Support, check_introduced
@@ -187,8 +188,9 @@ def prune(
     group keeps, residual branches apart.  Groups that the inputs do
     not exercise stay whole.  align: widths that layers work on stay multiples of it, or {glob: number} for layers so named; target:
     `cpu`, `tensorrt` or `cuda` chooses it for each group, as coarse as the group and the budget allow.
-    Latency is measured on this machine with onnxruntime's `provider` and `threads` (or by a `timer` of your own), and the
-    widths are those at which its kernels are fast.  Everything else is deterministic for a seed.
+    Sizes that the file leaves open are those of feeds or input_shapes, else of the first sample, else as small as the model runs on,
+    which is not enough for a latency.  Latency is measured on this machine with onnxruntime's `provider` and `threads` (or by a
+    `timer` of your own), and the widths are those at which its kernels are fast.  Everything else is deterministic for a seed.
     memory: bytes of weights to hold at once; a model with more of them in other files is read a tensor at a time and proven part by
     part, which calibration and compensation cannot do (if not given 512 MiB, with those 2 GiB).
 
@@ -216,9 +218,14 @@ def prune(
     if of == LATENCY and timer is None:
         check_device(provider, threads)
     whole = _takes_all(of, criterion, allocation, compensation, given or free, steps)
-    loaded = _load(model, feeds, input_shapes, progress, AT_ONCE if memory is None and whole else memory)
+    _say(progress, "reading the model")
+    file = read(model, memory if memory is not None else AT_ONCE if whole else IN_MEMORY)
     if whole:
-        loaded.external.need_memory(loaded.name, whole)
+        file.external.need_memory(file.name, whole)
+    sizes = sized(file.proto, feeds, input_shapes, [calibration], preprocess)
+    if of == LATENCY:
+        check_sized(file.proto, file.name, feeds, sizes)
+    loaded = _loaded(file, feeds, sizes)
     source = "none" if calibration is None else calibration
     data = read_calibration(source, loaded, preprocess=preprocess, limit=samples, seed=seed)
     found = at_granularity(group(loaded, allow_io), granularity)
@@ -440,7 +447,11 @@ def _apply(
 
 def _load(model: Source, feeds: Arrays | None, input_shapes: Shapes | None, progress: Progress | None, memory: int | None) -> Model:
     _say(progress, "reading the model")
-    loaded = load(model, feeds, input_shapes, IN_MEMORY if memory is None else memory)
+    return _loaded(read(model, IN_MEMORY if memory is None else memory), feeds, input_shapes)
+
+
+def _loaded(file: File, feeds: Arrays | None, input_shapes: Shapes | None) -> Model:
+    loaded = load(file, feeds, input_shapes)
     for name, tensor in loaded.tensors.items():
         if tensor.data_location == TensorProto.EXTERNAL and name not in loaded.external.places:
             raise OnnxPruneError(f"{loaded.name}: tensor '{name}' stands in another file, which only a path tells; give the model's path")

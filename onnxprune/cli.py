@@ -176,8 +176,9 @@ def prune(
     from onnxprune.depth import check_granularity
     from onnxprune.external import AT_ONCE
     from onnxprune.gates import MISSED, check_known, judged
-    from onnxprune.importer import load
+    from onnxprune.importer import load, read
     from onnxprune.quality import evaluator
+    from onnxprune.sizing import sized
     from onnxprune.writing import check_apart, check_target, write_text
 
     check_ratio(ratio)
@@ -194,15 +195,17 @@ def prune(
     for extra in (plan_out, json_path):
         if extra and extra != "-":
             check_target(extra, source)
-    given = read_feeds(feeds)
+    given, sizes = read_feeds(feeds), read_shapes(shapes)
     with _progress(quiet) as say:
         if preprocess is not None and evaluation is None and chosen["calibration"] is None:
             raise OnnxPruneError("--preprocess says how the samples of --calibration and --eval are used; give one of them")
         compare = None
         if evaluation is not None:  # looked at before any work is done
             chosen["memory"] = chosen["memory"] or AT_ONCE
-            loaded = load(model, given, read_shapes(shapes), chosen["memory"])
-            loaded.external.need_memory(loaded.name, "--eval")
+            file = read(model, chosen["memory"])
+            file.external.need_memory(file.name, "--eval")
+            sizes = sized(file.proto, given, sizes, [chosen["calibration"], evaluation], preprocess)
+            loaded = load(file, given, sizes)
             compare = evaluator(loaded, evaluation, preprocess, metric, chosen["seed"])
         elif metric is not None:
             raise OnnxPruneError("--metric says how the samples of --eval are used; give --eval too")
@@ -210,7 +213,7 @@ def prune(
             model,
             ratio,
             feeds=given,
-            input_shapes=read_shapes(shapes),
+            input_shapes=sizes,
             layer_ratios=read_ratios(layer_ratios),
             preprocess=preprocess if chosen["calibration"] is not None else None,
             provider=provider,

@@ -19,7 +19,7 @@ from onnxprune.errors import OnnxPruneError
 from onnxprune.evaluation import Metric
 from onnxprune.external import AT_ONCE
 from onnxprune.grouping import Grouping, group
-from onnxprune.importer import load
+from onnxprune.importer import load, read
 from onnxprune.keeping import counted, digest_of, keep, key_of, read_kept
 from onnxprune.plans import Plan
 from onnxprune.quality import Compare, evaluator, quality
@@ -28,6 +28,7 @@ from onnxprune.running import Arrays
 from onnxprune.samples import Samples
 from onnxprune.scoping import may_go
 from onnxprune.selection import AUTO, PCA, check_criterion, scored
+from onnxprune.sizing import sized
 from onnxprune.study import Study
 
 KIND = "sensitivity"
@@ -123,8 +124,9 @@ def sensitivity(
         raise OnnxPruneError("--metric says how the samples of --eval are used; give --eval too")
     if progress:
         progress("reading the model")
-    loaded = load(model, feeds, input_shapes, AT_ONCE if memory is None else memory)
-    loaded.external.need_memory(loaded.name, "sensitivity")
+    file = read(model, AT_ONCE if memory is None else memory)
+    file.external.need_memory(file.name, "sensitivity")
+    loaded = load(file, feeds, sized(file.proto, feeds, input_shapes, [calibration, evaluation], preprocess))
     data = read_calibration(calibration, loaded, preprocess=preprocess, limit=samples, seed=seed)
     if not data.count:
         raise OnnxPruneError("--calibration none: there is nothing to measure on; give samples, or 'noise'")

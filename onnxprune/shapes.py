@@ -99,6 +99,28 @@ def _symbols(inputs: Sequence[onnx.ValueInfoProto], given: Mapping[str, Shape]) 
     return found
 
 
+def left_open(inputs: Sequence[onnx.ValueInfoProto], given: Mapping[str, Shape]) -> list[onnx.ValueInfoProto]:
+    """The inputs that have sizes besides the batch which neither the file nor the shapes given for inputs say."""
+    known = _symbols(inputs, given)
+
+    def unknown(value: onnx.ValueInfoProto) -> bool:
+        kind = value.type.tensor_type
+        return not kind.HasField("shape") or any(i and not d.dim_value and d.dim_param not in known for i, d in enumerate(kind.shape.dim))
+
+    return [v for v in inputs if v.name not in given and v.type.HasField("tensor_type") and unknown(v)]
+
+
+def completed(inputs: Sequence[onnx.ValueInfoProto], given: Mapping[str, Shape], told: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The shapes given, and for the other inputs those `told`; a symbol that the given ones say keeps its size."""
+    named = {v.name: list(v.type.tensor_type.shape.dim) for v in inputs}
+    said = {d.dim_param: n for k, shape in given.items() for d, n in zip(named.get(k, []), shape, strict=False) if d.dim_param}
+    found = dict(given)
+    for name in named.keys() & told.keys() - given.keys():
+        dims = named[name] or [onnx.TensorShapeProto.Dimension()] * len(told[name])
+        found[name] = tuple(d.dim_value or said.get(d.dim_param) or n for d, n in zip(dims, told[name], strict=True))
+    return found
+
+
 def _static(value: onnx.ValueInfoProto) -> bool:
     kind = value.type.tensor_type
     return kind.HasField("shape") and all(d.dim_value for d in kind.shape.dim)

@@ -29,12 +29,13 @@ from onnxprune.calibration import read_calibration
 from onnxprune.errors import OnnxPruneError
 from onnxprune.evaluation import Metric
 from onnxprune.external import AT_ONCE
-from onnxprune.importer import Model, load
+from onnxprune.importer import Model, load, read
 from onnxprune.keeping import counted, digest_of, keep, key_of, read_kept
 from onnxprune.quality import evaluator, quality
 from onnxprune.running import Arrays
 from onnxprune.selection import check_criterion
 from onnxprune.shapes import seeded_feeds
+from onnxprune.sizing import check_sized, sized
 from onnxprune.stopwatch import check_device
 from onnxprune.writing import check_target, write_model, write_text
 
@@ -119,8 +120,12 @@ def sweep(
     options.pop("memory", None)
     if seconds > 0 or options.get("of") == LATENCY:
         check_device(provider, options.get("threads", 1))
-    loaded = load(model, feeds, input_shapes, memory)
-    loaded.external.need_memory(loaded.name, "a sweep")
+    file = read(model, memory)
+    file.external.need_memory(file.name, "a sweep")
+    sizes = sized(file.proto, feeds, input_shapes, [calibration, evaluation], preprocess)
+    if options.get("of") == LATENCY:
+        check_sized(file.proto, file.name, feeds, sizes)
+    loaded = load(file, feeds, sizes)
     names = [(ratio, criterion, rule) for criterion in criteria or (None,) for rule in allocations or (None,) for ratio in sorted(ratios)]
     for _, criterion, rule in names:
         if criterion is not None:
@@ -154,7 +159,7 @@ def sweep(
         metric=metric,
         calibrated={} if calibration is None else {"calibration": _absolute(calibration), "preprocess": preprocess, "samples": samples},
         preprocess=preprocess,
-        options={**options, "seed": seed, "feeds": feeds, "input_shapes": input_shapes, "memory": memory, "provider": provider},
+        options={**options, "seed": seed, "feeds": feeds, "input_shapes": sizes, "memory": memory, "provider": provider},
     )
     found = _made(found, task, {_name(*name): name for name in names}, rows, jobs, progress)
     for row in rows.values() if seconds > 0 else ():
