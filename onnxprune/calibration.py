@@ -6,6 +6,7 @@ Names and shapes are checked before any work is done; the numbers of folders are
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from onnxprune.errors import OnnxPruneError
+from onnxprune.errors import OnnxPruneError, OnnxPruneWarning
 from onnxprune.images import check_pictures, read_preprocess
 from onnxprune.importer import Model
 from onnxprune.inputs import Inputs, Shape, inputs_of
 from onnxprune.noise import Noise
-from onnxprune.samples import Arrays, Samples, Source, spread
+from onnxprune.samples import Arrays, Piece, Samples, Source, spread
 from onnxprune.sources import Made, Pictures, Reader, checked, folder_of, held, kept, listed, read_file, shapes_in, yielded
 from onnxprune.userfunctions import is_function, user_function
 
@@ -55,7 +56,7 @@ def read_calibration(
     reader = Reader(inputs_of(model.proto), prepared)
     found: Source
     if isinstance(source, Mapping):
-        name, found = "the samples", held([reader.piece(source, "the samples")])
+        name, found = "the samples", held([_whole(reader, source, "the samples")])
     elif isinstance(source, str | os.PathLike):
         name = os.fspath(source)
         found = _named(name, model, reader, limit, seed)
@@ -123,10 +124,25 @@ def _named(name: str, model: Model, reader: Reader, limit: int | None, seed: int
         return kept(user_function(name), name, reader, limit)
     if path.is_dir():
         return folder_of(path, reader)
-    return held([reader.piece(read_file(checked(path), reader), name)])
+    return held([_whole(reader, read_file(checked(path), reader), name)])
+
+
+def _whole(reader: Reader, arrays: Arrays, where: str) -> Piece:
+    """A source that is one piece; a warning where it is one sample without an axis of samples."""
+    piece = reader.piece(arrays, where)
+    if piece.layout.bare:
+        name, axis = next(iter(piece.layout.axes.items()))
+        shape = list(piece.arrays[name].shape)
+        taken = [*shape[:axis], 1, *shape[axis:]]
+        warnings.warn(
+            f"{where}: '{name}' {shape} lacks the axis that counts samples: taken as one sample, {taken}; stack several along it",
+            OnnxPruneWarning,
+            stacklevel=3,
+        )
+    return piece
 
 
 def samples_of(arrays: Arrays, inputs: Inputs, where: str) -> Samples:
     """Samples from arrays in memory; raises OnnxPruneError, with `where` they are, if they do not fit."""
-    piece = Reader(inputs, None).piece(arrays, where)
+    piece = _whole(Reader(inputs, None), arrays, where)
     return Samples(piece.layout.count, where, inputs.batch, held([piece]), np.arange(piece.layout.count))

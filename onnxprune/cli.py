@@ -41,6 +41,7 @@ from onnxprune.options import (
 from onnxprune.terminal import complain as _complain
 from onnxprune.terminal import console as _console
 from onnxprune.terminal import progress as _progress
+from onnxprune.terminal import warnings_told
 from onnxprune.terminal import write_json as _write_json
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class Commands(click.Group):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # an arrow that an encoding lacks is no reason to fail
         try:
-            code = super().main(*args, **{**extra, "standalone_mode": False})
+            with warnings_told():
+                code = super().main(*args, **{**extra, "standalone_mode": False})
         except OnnxPruneError as error:
             _complain(str(error))
             sys.exit(error.exit_code)
@@ -207,6 +209,7 @@ def prune(
             sizes = sized(file.proto, given, sizes, [chosen["calibration"], evaluation], preprocess)
             loaded = load(file, given, sizes)
             compare = evaluator(loaded, evaluation, preprocess, metric, chosen["seed"])
+            compare.expect(loaded, gates)
         elif metric is not None:
             raise OnnxPruneError("--metric says how the samples of --eval are used; give --eval too")
         result = api.prune(

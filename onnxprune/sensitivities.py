@@ -22,7 +22,7 @@ from onnxprune.grouping import Grouping, group
 from onnxprune.importer import load, read
 from onnxprune.keeping import counted, digest_of, keep, key_of, read_kept
 from onnxprune.plans import Plan
-from onnxprune.quality import Compare, evaluator, quality
+from onnxprune.quality import Evaluator, evaluator, quality
 from onnxprune.rewriter import Widths
 from onnxprune.running import Arrays
 from onnxprune.samples import Samples
@@ -131,11 +131,12 @@ def sensitivity(
     if not data.count:
         raise OnnxPruneError("--calibration none: there is nothing to measure on; give samples, or 'noise'")
     compare = evaluator(loaded, evaluation, preprocess, metric, seed) if evaluation is not None else None
-    judged = read_calibration(evaluation, loaded, preprocess=preprocess, seed=seed + 1) if evaluation is not None else None
+    if compare is not None:
+        compare.expect(loaded)
     key = key_of(
         model,
         calibration=digest_of(data, calibration),
-        eval=None if judged is None else digest_of(judged, evaluation),
+        eval=None if compare is None else digest_of(compare.samples, evaluation),
         metric=getattr(metric, "__name__", metric),
         criterion=criterion,
         seed=seed,
@@ -181,7 +182,7 @@ def _measured(
     data: Samples,
     criterion: str,
     seed: int,
-    compare: Compare | None,
+    compare: Evaluator | None,
     state: str | os.PathLike[str] | None,
     progress: Callable[[str], None] | None,
 ) -> Sensitivity:

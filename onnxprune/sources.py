@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 import zipfile
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.errors import OnnxPruneError
+from onnxprune.errors import OnnxPruneError, OnnxPruneWarning
 from onnxprune.images import SUFFIXES, Frame, Preprocess, check_channels, check_pictures, frame, read_image, scaled, turn, turned
 from onnxprune.inputs import Input, Inputs, Layout, Shape, fitted
 from onnxprune.noise import Noise
@@ -26,10 +27,11 @@ _WRITERS = {".npz": "savez", ".npy": "save"}
 
 @dataclass(frozen=True)
 class Reader:
-    """The user's arrays as what the model takes."""
+    """The user's arrays as what the model takes; warned: the inputs of which something was said already."""
 
     inputs: Inputs
     preprocess: Preprocess | None
+    warned: set[str] = field(default_factory=set, compare=False)
 
     def views(self) -> dict[str, Frame]:
         """The inputs that the preprocess is for."""
@@ -82,9 +84,26 @@ class Reader:
                     )
                 pixels = fitted(replace(entry, dtype=np.dtype(np.float32)), array, where)
                 array = scaled(turn(pixels, views[entry.name]), views[entry.name], self.preprocess)
+            elif entry.name not in self.warned and _like_pixels(entry, array):
+                self.warned.add(entry.name)
+                advice = "--preprocess (imagenet, tf, unit; raw says that they are right)" if frame(entry) else "its own floats"
+                warnings.warn(
+                    f"{where}: '{entry.name}' holds {array.dtype} up to {array.max()}, like pixels, and the model takes {entry}: they are "
+                    f"fed as they are; where it takes other numbers give {advice}",
+                    OnnxPruneWarning,
+                    stacklevel=2,
+                )
             found[entry.name] = fitted(entry, array, where)
         extras = {name: array for name, array in arrays.items() if name not in found}
         return Piece(found, extras, layout, where)
+
+
+def _like_pixels(entry: Input, array: np.ndarray) -> bool:
+    """Whether integers for a float input may be pixels: of 8 bits, or so large for an input that holds images."""
+    if not entry.real or array.dtype.kind not in "iu" or not array.size:
+        return False
+    least, most = int(array.min()), int(array.max())
+    return (array.dtype == np.uint8 and most > 1) or (least >= 0 and 127 < most <= 255 and frame(entry) is not None)
 
 
 def checked(path: Path) -> Path:

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from onnxprune import api
 from onnxprune.allocations import LATENCY, check_allocation, check_ratio
 from onnxprune.benchmark import benchmark
 from onnxprune.calibration import read_calibration
-from onnxprune.errors import OnnxPruneError
+from onnxprune.errors import OnnxPruneError, OnnxPruneWarning
 from onnxprune.evaluation import Metric
 from onnxprune.external import AT_ONCE
 from onnxprune.importer import Model, load, read
@@ -133,13 +134,15 @@ def sweep(
         if rule is not None:
             check_allocation(rule, calibration not in (None, "none"))
     judged = evaluation if evaluation is not None else calibration if calibration not in (None, "none") else "noise"
-    evaluator(loaded, judged, preprocess, metric, seed)  # what is wrong with it is said before any work is done
+    compare = evaluator(loaded, judged, preprocess, metric, seed)  # what is wrong with it is said before any work is done
+    if evaluation is not None:
+        compare.expect(loaded)
     given = "none" if calibration is None else calibration
     data = read_calibration(given, loaded, preprocess=preprocess if calibration is not None else None, limit=samples, seed=seed)
     key = key_of(
         model,
         calibration=None if calibration is None else digest_of(data, given),
-        eval=digest_of(read_calibration(judged, loaded, preprocess=preprocess, seed=seed + 1), judged),
+        eval=digest_of(compare.samples, judged),
         metric=getattr(metric, "__name__", metric),
         input_shapes={k: list(v) for k, v in loaded.input_shapes.items()},
         preprocess=preprocess,
@@ -257,7 +260,8 @@ class Task:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's business, which ends its processes
         row: Row = {"name": name, "ratio": ratio, "criterion": criterion, "allocation": rule, "error": None, "exit_code": 0}
         try:
-            with parallel_config(backend="threading"):  # what is parallel inside a point stays in its process
+            with parallel_config(backend="threading"), warnings.catch_warnings():  # what is parallel inside a point stays in its process
+                warnings.simplefilter("ignore", OnnxPruneWarning)  # of the samples, which `sweep` has said
                 return self._made(row)
         except OnnxPruneError as error:
             return row | {"error": str(error), "exit_code": error.exit_code}, {}

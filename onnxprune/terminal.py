@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from onnxprune.errors import OnnxPruneWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,6 +19,25 @@ if TYPE_CHECKING:
 def complain(text: str) -> None:
     """An error, in one line."""
     click.echo(f"error: {' '.join(text.split())}", err=True)
+
+
+@contextmanager
+def warnings_told() -> Iterator[None]:
+    """Every warning of the program's own is a line on standard error, once."""
+    told: set[str] = set()
+
+    def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        text = " ".join(str(message).split())
+        if not issubclass(category, OnnxPruneWarning):
+            others(message, category, *where, **more)
+        elif text not in told:
+            told.add(text)
+            click.echo(f"warning: {text}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", OnnxPruneWarning)
+        others, warnings.showwarning = warnings.showwarning, tell
+        yield
 
 
 def console() -> Console:
