@@ -39,7 +39,7 @@ from onnxprune.importer import File, Model, load, read
 from onnxprune.latency import land, learned, met
 from onnxprune.moves import Moves
 from onnxprune.plans import Plan, match, read_plan
-from onnxprune.quantized import Stored, counterparts, requantized, unquantized
+from onnxprune.quantized import Stored, in_floats, requantized
 from onnxprune.reconstruction import Refit
 from onnxprune.rewriter import Widths, rewrite
 from onnxprune.rotation import Rotated, rotate
@@ -233,14 +233,11 @@ def prune(
     _some(grouping)
     idle = set(proof.unexercised) if proof else set()
     stored: Stored | None = None
-    floats = unquantized(loaded.proto) if criterion != PCA and not loaded.external.places else None  # a copy takes all weights at once
-    if floats is not None:
-        inner = at_granularity(group(load(floats, feeds, loaded.input_shapes), allow_io), granularity)
-        numbers = counterparts(inner, grouping)
-        if numbers:  # choose and fit in floats; cut and prove what the file holds
-            stored = Stored(grouping, proof, bench, numbers)
-            idle = {i for i, own in numbers.items() if own in idle}
-            grouping, proof, bench = replace(inner, groups=tuple(g for g in inner.groups if g.id in numbers)), None, None
+    floats = in_floats(grouping, feeds, lambda one: at_granularity(group(one, allow_io), granularity)) if criterion != PCA else None
+    if floats is not None:  # choose and fit in floats; cut and prove what the file holds
+        stored = Stored(grouping, proof, bench, floats[1])
+        idle = {i for i, own in stored.numbers.items() if own in idle}
+        grouping, proof, bench = floats[0], None, None
     study = Study(grouping, data, progress, turns=compensation in TURNING)
     rotated: Rotated | None = None
     if criterion == PCA:

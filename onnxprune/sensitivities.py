@@ -23,6 +23,7 @@ from onnxprune.importer import load, read
 from onnxprune.keeping import counted, digest_of, keep, key_of, read_kept
 from onnxprune.plans import Plan
 from onnxprune.quality import Evaluator, evaluator, quality
+from onnxprune.quantized import in_floats
 from onnxprune.rewriter import Widths
 from onnxprune.running import Arrays
 from onnxprune.samples import Samples
@@ -152,12 +153,18 @@ def sensitivity(
     chosen, _ = may_go(grouping, scope, exclude, {})
     if not chosen - idle:
         raise OnnxPruneError(f"{loaded.name}: no group is left to measure; see `onnxprune groups`", 3)
+    tensors = {g.id: g.members[0].tensor for g in grouping.groups}
+    floats = in_floats(grouping, feeds, lambda one: at_granularity(group(one, allow_io), "channel"))
+    if floats is not None:  # integers say nothing of a unit's size, and cannot be updated
+        grouping = replace(floats[0], groups=tuple(replace(g, id=floats[1][g.id]) for g in floats[0].groups))
     grouping = replace(grouping, groups=tuple(g for g in grouping.groups if g.id in chosen - idle))
+    if not grouping.groups:
+        raise OnnxPruneError(f"{loaded.name}: no group is left to measure; see `onnxprune groups`", 3)
     found = Sensitivity(
         model=loaded.name,
         ratios=tuple(ratios),
         points=tuple(_points(kept)),
-        tensors={g.id: g.members[0].tensor for g in grouping.groups},
+        tensors={g.id: tensors[g.id] for g in grouping.groups},
         measure=kept.get("measure"),
         before=kept.get("before"),
         skipped=tuple(sorted(chosen & idle)),
