@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -328,10 +328,12 @@ def _weight(model: Model, group: Group) -> int:
     return sum(math.prod(model.tensors[m.tensor].dims) for m in group.members)
 
 
-def _wrongly_permuted(bench: Bench, group: Group, seed: int) -> list[Arrays]:
-    """Permutations of one group with one member left out, the largest weights first; noise where there is but one member."""
+def _wrongly_permuted(bench: Bench, group: Group, seed: int) -> Iterator[Arrays]:
+    """Permutations of one group with one member left out, the largest weights first, integers after floats (whose units may be equal).
+
+    Noise where there is but one member.
+    """
     tensors = bench.model.tensors
-    weights = [m for m in group.members if tensors[m.tensor].data_type in FLOATS] or list(group.members)
     if len(group.members) < 2:
         member = group.members[0]
         array = widened(bench.arrays[member.tensor])
@@ -339,6 +341,11 @@ def _wrongly_permuted(bench: Bench, group: Group, seed: int) -> list[Arrays]:
         there: list[Any] = [slice(None)] * array.ndim
         there[member.axis] = member.indices.ravel()
         noise[tuple(there)] = np.random.default_rng(seed).standard_normal(noise[tuple(there)].shape) * (array.std() + 1e-3)
-        return [{member.tensor: (array + noise).astype(array.dtype)}] if array.dtype.kind == "f" else []
-    weights.sort(key=lambda m: -math.prod(tensors[m.tensor].dims))
-    return [permuted(bench.arrays, [group], seed, omit=one) for one in weights[:3]]
+        if array.dtype.kind == "f":
+            yield {member.tensor: (array + noise).astype(array.dtype)}
+        return
+    floats = [m for m in group.members if tensors[m.tensor].data_type in FLOATS]
+    others = [m for m in group.members if tensors[m.tensor].data_type not in FLOATS]
+    for part in (floats, others):
+        for one in sorted(part, key=lambda m: -math.prod(tensors[m.tensor].dims))[:3]:
+            yield permuted(bench.arrays, [group], seed, omit=one)

@@ -332,6 +332,17 @@ def test_units_are_scored_so_too_where_weights_are_read_one_at_a_time(criterion:
         assert sizes[parts.plan.remove[0]].mean() < 0.7 * sizes[kept].mean()
 
 
+def test_equal_scales_do_not_hide_that_integers_are_exercised() -> None:
+    """Without biases the scales are the only floats that a group has, and any order of equal ones is the same."""
+    weights: dict[str, Any] = {"u": bytes_of(16, 32, kind=np.int8), "su": np.full(32, 0.01, np.float32)}
+    weights |= {"v": bytes_of(32, 8, kind=np.int8), "sv": np.full(8, 0.01, np.float32)}
+    body = "a = DequantizeLinear <axis=1> (u, su) b = DequantizeLinear <axis=1> (v, sv) h = MatMul (x, a) r = Relu (h) y = MatMul (r, b)"
+    proof = onnxprune.verify(build("float[N, 16] x", body, "float[N, 8] y", weights))
+    assert (proof.proven, proof.unexercised) == ((0,), ())
+    dead = weights | {"u": np.zeros((16, 32), np.int8)}  # nothing comes out of Relu, whatever the inputs
+    assert onnxprune.verify(build("float[N, 16] x", body, "float[N, 8] y", dead)).unexercised == (0,)
+
+
 @pytest.mark.parametrize("name", ["digits-mlp", "digits-resnet"])
 def test_a_quantized_file_is_as_sensitive_as_its_original(name: str, tmp_path: Path) -> None:
     arrays = MODELS / EVAL[name].replace("eval", "calibration")
