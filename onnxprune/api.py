@@ -39,7 +39,7 @@ from onnxprune.importer import File, Model, load, read
 from onnxprune.latency import land, learned, met
 from onnxprune.moves import Moves
 from onnxprune.plans import Plan, match, read_plan
-from onnxprune.quantized import Stored, in_floats, requantized
+from onnxprune.quantized import Measured, Stored, in_floats, requantized
 from onnxprune.reconstruction import Refit
 from onnxprune.rewriter import Widths, rewrite
 from onnxprune.rotation import Rotated, rotate
@@ -266,7 +266,9 @@ def prune(
         rungs = [{i: steps[own] for i, own in stored.numbers.items() if own in steps} for steps in rungs]
     limits = [Limits(min_keep, steps) for steps in rungs]
     clock = timer or Stopwatch(_timed_on(loaded, feeds), provider, threads) if of == LATENCY else None
-    budget = learned(grouping, clock, seed, progress) if clock else of
+    budget: str | Measure = learned(named, clock, seed, progress) if clock else of
+    if stored and not isinstance(budget, str):
+        budget = Measured(budget, stored.numbers)
 
     def widths(scores: Scores, rule: str, losses: Losses, share: float) -> Choice:
         return _choice(None, grouping, scores, {}, ratio * share, budget, rule, limits, shares, losses)

@@ -15,6 +15,7 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxprune.certificate import Bench, Proof
+from onnxprune.cost import Measure
 from onnxprune.folding import attributes
 from onnxprune.grouping import Group, Grouping
 from onnxprune.importer import Model, load
@@ -33,6 +34,21 @@ class Stored:
     proof: Proof | None
     bench: Bench | None
     numbers: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is left of a budget of the file, as a function of the units kept of its copy's groups: a `cost.Measure`."""
+
+    file: Measure
+    numbers: Mapping[int, int]
+
+    @property
+    def steps(self) -> Mapping[int, int]:
+        return {i: self.file.steps[own] for i, own in self.numbers.items() if own in self.file.steps}
+
+    def __call__(self, kept: Mapping[int, int]) -> float:
+        return self.file({self.numbers[i]: units for i, units in kept.items()})
 
 
 def dequantizers(graph: GraphProto) -> list[NodeProto]:
