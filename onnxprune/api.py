@@ -571,14 +571,14 @@ def why_not(grouping: Grouping) -> str:
 
 
 def _compensated(result: Result, study: Study, name: str, bench: Bench | None) -> Result:
-    """The result with its weights compensated, where that is asked for; checked again, as numbers are new."""
-    result = replace(result, model=study.finish(result.model))
-    if name == "none":
-        return result
-    model, refits = compensations.get(name)(study.on(result.plan.grouping), result.plan, result.model)
-    if bench is not None:
+    """The result finished, and with its weights compensated where that is asked for; checked again where numbers are new."""
+    cut, result = result.model, replace(result, model=study.finish(result.model))
+    model, refits = result.model, list[Refit]()
+    if name != "none":
+        model, refits = compensations.get(name)(study.on(result.plan.grouping), result.plan, result.model)
+    if bench is not None and (name != "none" or model is not cut):
         check_model(bench, model, Moves(result.plan.grouping, after=result.plan.remove))
-    if not study.samples.count:
+    if name == "none" or not study.samples.count:
         return replace(result, model=model)
     _say(study.progress, "comparing with the original")
     original = result.plan.grouping.model.proto
