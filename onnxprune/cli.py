@@ -178,7 +178,7 @@ def prune(
     from onnxprune.depth import check_granularity
     from onnxprune.external import AT_ONCE
     from onnxprune.gates import MISSED, check_known, judged
-    from onnxprune.importer import load, read
+    from onnxprune.importer import check_file, load, read
     from onnxprune.quality import evaluator
     from onnxprune.sizing import sized
     from onnxprune.writing import check_apart, check_target, write_text
@@ -187,9 +187,7 @@ def prune(
     check_budget(chosen["of"])
     check_granularity(chosen["granularity"])
     check_known(gates, evaluation, metric, chosen["calibration"], chosen["compensation"])
-    source = Path(model)
-    if source.is_dir():
-        raise OnnxPruneError(f"{source}: is a folder; give the path of an .onnx file")
+    source = check_file(model)
     target = check_target(output or source.with_name(f"{source.stem}-pruned.onnx"), source)
     check_apart(model, target, plan_out, json_path, report_path, feeds, evaluation)
     if report_path:

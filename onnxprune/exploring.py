@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import click
@@ -154,14 +153,13 @@ def sensitivity(
     Every point is kept in the state file as soon as it is measured: after an interruption, or with other --ratios, the same command
     goes on where it was.
     """
-    from onnxprune.importer import read
+    from onnxprune.importer import check_file
     from onnxprune.sensitivities import sensitivity as measure
     from onnxprune.writing import check_apart, check_target
 
     if calibration is None:
         raise OnnxPruneError("sensitivity measures on samples; give --calibration (samples, or 'noise')")
-    read(model)
-    source = Path(model)
+    source = check_file(model)
     target = check_target(state or source.with_name(f"{source.stem}-sensitivity.json"), source)
     check_apart(model, target, plot, json_path, feeds, evaluation, calibration)
     if plot:
@@ -250,12 +248,11 @@ def sweep(
     Every model is kept in the folder with its plan.  After an interruption the same command makes what is missing; with other ratios,
     criteria or allocations it adds to what is there.  A point that fails does not stop the others (exit code 3).
     """
-    from onnxprune.importer import read
+    from onnxprune.importer import check_file
     from onnxprune.sweeping import sweep as run
     from onnxprune.writing import check_apart, check_target
 
-    read(model)
-    source = Path(model)
+    source = check_file(model)
     folder = output or str(source.with_name(f"{source.stem}-sweep"))
     check_apart(model, plot, json_path, feeds, folder)
     if plot:

@@ -90,13 +90,7 @@ def read(source: str | os.PathLike[str] | ModelProto, memory: int = AT_ONCE) -> 
     """
     if isinstance(source, ModelProto):
         return File(source, source.graph.name or "model", External(limit=memory))
-    path = Path(source)
-    if path.is_dir():
-        raise OnnxPruneError(f"{path}: is a folder; give the path of an .onnx file")
-    if path.is_file() and not os.access(path, os.R_OK):
-        raise OnnxPruneError(f"{path}: may not be read; change its permissions")
-    if not path.is_file():
-        raise OnnxPruneError(f"{path}: no such file; give the path of an .onnx file")
+    path = check_file(source)
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except Exception as error:
@@ -104,6 +98,18 @@ def read(source: str | os.PathLike[str] | ModelProto, memory: int = AT_ONCE) -> 
     if not proto.graph.node or not proto.opset_import:
         raise OnnxPruneError(f"{path}: not an ONNX model, or an empty one; export it again")
     return File(proto, path.name, external.attach(proto, path.parent, path.name, memory))
+
+
+def check_file(path: str | os.PathLike[str]) -> Path:
+    """Raises OnnxPruneError where there is no file to read."""
+    path = Path(path)
+    if path.is_dir():
+        raise OnnxPruneError(f"{path}: is a folder; give the path of an .onnx file")
+    if path.is_file() and not os.access(path, os.R_OK):
+        raise OnnxPruneError(f"{path}: may not be read; change its permissions")
+    if not path.is_file():
+        raise OnnxPruneError(f"{path}: no such file; give the path of an .onnx file")
+    return path
 
 
 def load(

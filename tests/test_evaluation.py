@@ -104,3 +104,12 @@ def test_a_sample_without_its_axis_is_said(tmp_path: Path) -> None:
     with pytest.warns(OnnxPruneWarning, match=r"'x' \[4\] lacks the axis that counts samples: taken as one sample, \[1, 4\]"):
         samples = read_calibration({"x": X[0]}, load(two_layers()))
     assert [batch["x"].shape for batch in samples.batches(4)] == [(1, 4)]
+
+
+@pytest.mark.parametrize("line", [("sweep", "--ratios", "0.5"), ("sensitivity", "--calibration", "noise")])
+def test_a_model_that_cannot_be_read_leaves_nothing_behind(line: tuple[str, ...], command: Command, tmp_path: Path) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"not a model")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for name, words in (("nowhere/model.onnx", "no such file"), ("broken.onnx", "not an ONNX model"), (".", "is a folder")):
+        failing(command(line[0], name, *line[1:]), 2, name, words)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
