@@ -28,6 +28,7 @@ from onnxprune.options import (
     MODEL,
     PREPROCESS,
     QUIET,
+    REPORT,
     SEED,
     SHARDS,
     TARGET,
@@ -135,7 +136,8 @@ def main() -> None:
     GATES,
     PREPROCESS,
     click.option("--plan-out", metavar="FILE", help="Write the plan too."),
-    click.option("--report", "report_path", metavar="FILE.html", help="Write what happened as a page to look at."),
+    REPORT,
+    click.option("--curves", multiple=True, metavar="FILE", help="What `sensitivity` or `sweep` kept, to show in the report too."),
     VERIFY,
     DEVICE,
     MEMORY,
@@ -157,6 +159,7 @@ def prune(
     plan_out: str | None,
     shard_size: int | None,
     report_path: str | None,
+    curves: tuple[str, ...],
     provider: str,
     threads: int,
     json_path: str | None,
@@ -173,12 +176,13 @@ def prune(
     """
     from onnxprune import api
     from onnxprune.allocations import check_budget, check_ratio
+    from onnxprune.curvefiles import read_curves
     from onnxprune.depth import check_granularity
     from onnxprune.external import AT_ONCE
     from onnxprune.gates import MISSED, check_known, judged
     from onnxprune.importer import load
     from onnxprune.quality import evaluator
-    from onnxprune.writing import check_apart, check_target, write_text
+    from onnxprune.writing import check_apart, check_page, check_target, write_text
 
     check_ratio(ratio)
     check_budget(chosen["of"])
@@ -188,12 +192,15 @@ def prune(
     if source.is_dir():
         raise OnnxPruneError(f"{source}: is a folder; give the path of an .onnx file")
     target = check_target(output or source.with_name(f"{source.stem}-pruned.onnx"), source)
-    check_apart(model, target, plan_out, json_path, report_path, feeds, evaluation)
+    check_apart(model, target, plan_out, json_path, report_path, feeds, evaluation, *curves)
     if report_path:
-        check_target(report_path, source)
+        check_page(report_path, source)
     for extra in (plan_out, json_path):
         if extra and extra != "-":
             check_target(extra, source)
+    if curves and not report_path:
+        raise OnnxPruneError("--curves are shown in a report; give --report FILE.html too")
+    drawn = read_curves(curves, model)
     given = read_feeds(feeds)
     with _progress(quiet) as say:
         if preprocess is not None and evaluation is None and chosen["calibration"] is None:
@@ -231,7 +238,15 @@ def prune(
         if report_path:
             from onnxprune.htmlreport import html_report
 
-            write_text(html_report(result, measured=measured, evaluation=accuracy, command=sys.argv[1:]), report_path)
+            shown = html_report(
+                result,
+                measured=measured,
+                evaluation=accuracy,
+                sensitivity=drawn.sensitivity,
+                sweep=drawn.sweep,
+                command=sys.argv[1:],
+            )
+            write_text(shown, report_path)
     content = {"model": model, "output": str(target), **result.to_json()}
     content |= {"evaluation": accuracy.to_json() if accuracy else None, "benchmark": [m.to_json() for m in measured]}
     passed = judged(gates, result, accuracy, measured)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from onnxprune.options import (
     MODEL,
     PREPROCESS,
     QUIET,
+    REPORT,
     SAMPLES,
     SCOPE,
     SEED,
@@ -123,6 +125,7 @@ PLOT = click.option("--plot", metavar="FILE", help="The curves too: .svg, .png o
     SCOPE,
     click.option("--state", metavar="FILE", help="Where points are kept; MODEL-sensitivity.json beside the model if not given."),
     PLOT,
+    REPORT,
     FEEDS,
     SEED,
     ALLOW_IO,
@@ -138,6 +141,7 @@ def sensitivity(
     evaluation: str | None,
     state: str | None,
     plot: str | None,
+    report_path: str | None,
     feeds: str | None,
     shapes: tuple[str, ...],
     json_path: str | None,
@@ -155,18 +159,20 @@ def sensitivity(
     """
     from onnxprune.importer import read
     from onnxprune.sensitivities import sensitivity as measure
-    from onnxprune.writing import check_apart, check_target
+    from onnxprune.writing import check_apart, check_page, check_target
 
     if calibration is None:
         raise OnnxPruneError("sensitivity measures on samples; give --calibration (samples, or 'noise')")
     read(model)
     source = Path(model)
     target = check_target(state or source.with_name(f"{source.stem}-sensitivity.json"), source)
-    check_apart(model, target, plot, json_path, feeds, evaluation, calibration)
+    check_apart(model, target, plot, report_path, json_path, feeds, evaluation, calibration)
     if plot:
         from onnxprune.plots import check_plot
 
         check_plot(plot, model)
+    if report_path:
+        check_page(report_path, model)
     if json_path and json_path != "-":
         check_target(json_path, model)
     with progress(quiet) as say, resumable(str(target)):
@@ -185,13 +191,30 @@ def sensitivity(
         from onnxprune.plots import plot_sensitivity
 
         plot_sensitivity(found.to_json(), plot)
+    if report_path:
+        _write_page(found.to_json(), report_path, {"ratios": ratios, "calibration": calibration, "eval": evaluation, **chosen})
     write_json(found.to_json(), json_path)
     if not quiet and json_path != "-":
         from onnxprune.tables import show_sensitivity
 
         show_sensitivity(console(), found)
-        console().print(f"kept in {target}" + (f", drawn in {plot}" if plot else ""), soft_wrap=True)
+        console().print(_where(str(target), plot, report_path), soft_wrap=True)
     return 0
+
+
+def _write_page(content: Mapping[str, Any], path: str, options: Mapping[str, Any]) -> None:
+    from onnxprune.curvefiles import of_content
+    from onnxprune.htmlreport import curves_report
+    from onnxprune.writing import write_text
+
+    curves = of_content([content])
+    title = f"{content['model']}: {content['kind']}"
+    write_text(curves_report(title, curves.sensitivity, curves.sweep, lead=curves.lead, options=options, command=sys.argv[1:]), path)
+
+
+def _where(kept: str, plot: str | None, page: str | None) -> str:
+    drawn = " and ".join(name for name in (plot, page) if name)
+    return f"kept in {kept}" + (f", drawn in {drawn}" if drawn else "")
 
 
 @contextmanager
@@ -219,6 +242,7 @@ def resumable(where: str) -> Iterator[None]:
     EVALUATION,
     PREPROCESS,
     PLOT,
+    REPORT,
     FEEDS,
     SEED,
     VERIFY,
@@ -233,6 +257,7 @@ def sweep(
     allocations: str,
     output: str | None,
     plot: str | None,
+    report_path: str | None,
     feeds: str | None,
     shapes: tuple[str, ...],
     json_path: str | None,
@@ -251,16 +276,18 @@ def sweep(
     """
     from onnxprune.importer import read
     from onnxprune.sweeping import sweep as run
-    from onnxprune.writing import check_apart, check_target
+    from onnxprune.writing import check_apart, check_page, check_target
 
     read(model)
     source = Path(model)
     folder = output or str(source.with_name(f"{source.stem}-sweep"))
-    check_apart(model, plot, json_path, feeds, folder)
+    check_apart(model, plot, report_path, json_path, feeds, folder)
     if plot:
         from onnxprune.plots import check_plot
 
         check_plot(plot, model)
+    if report_path:
+        check_page(report_path, model)
     if json_path and json_path != "-":
         check_target(json_path, model)
     with progress(quiet) as say, resumable(folder):
@@ -280,12 +307,14 @@ def sweep(
         from onnxprune.plots import plot_sweep
 
         plot_sweep(found.to_json(), plot)
+    if report_path:
+        _write_page(found.to_json(), report_path, {"ratios": ratios, "criteria": criteria, "allocations": allocations, **chosen})
     write_json(found.to_json(), json_path)
     if not quiet and json_path != "-":
         from onnxprune.tables import show_sweep
 
         show_sweep(console(), found)
-        console().print(f"kept in {folder}" + (f", drawn in {plot}" if plot else ""), soft_wrap=True)
+        console().print(_where(folder, plot, report_path), soft_wrap=True)
     for point in found.failed:
         complain(f"{point['name']}: {point['error']}")
     return 3 if found.failed else 0

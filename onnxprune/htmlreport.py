@@ -42,8 +42,8 @@ def html_report(
 ) -> str:
     """A result as one HTML file: what the model is, what went, its proof, layers, groups, scores and curves.
 
-    measured: the benchmark of the original and of the pruned model.  sensitivity: {group: ((ratio, change), …)}; where it is not
-    given, what the allocation measured.  sweep: a mapping a point, see `charts.sweep_section`.  command: the arguments that made it.
+    measured: the benchmark of the original and of the pruned model.  sensitivity: where it is not given, what the allocation measured;
+    `curvefiles.read_curves` reads those of the commands `sensitivity` and `sweep`.  command: the arguments that made it.
 
     >>> Path("report.html").write_text(html_report(onnxprune.prune("model.onnx", 0.4)))       # doctest: +SKIP
     """
@@ -67,9 +67,10 @@ def html_report(
 
 def curves_report(
     title: str,
-    *,
     sensitivity: Sensitivity | None = None,
     sweep: Sweep | None = None,
+    *,
+    lead: str = "",
     options: Mapping[str, Any] | None = None,
     command: Sequence[str] | None = None,
 ) -> str:
@@ -77,7 +78,7 @@ def curves_report(
     charts: dict[str, Any] = {}
     sections = [sensitivity_section(sensitivity, charts)] if sensitivity else []
     sections += [sweep_section(sweep, charts)] if sweep else []
-    return page(title, "", [*sections, made_with(options or {}, command)], charts, _foot())
+    return page(title, lead, [*sections, made_with(options or {}, command)], charts, _foot())
 
 
 def where(group: Group) -> str:

@@ -62,6 +62,7 @@ FEEDS = options(
 SEED = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Everything random follows from it.")
 ALLOW_IO = click.option("--allow-io", multiple=True, metavar="GLOB", help="Graph inputs or outputs that may change size.")
 JSON = click.option("--json", "json_path", metavar="FILE", help="Write the result as JSON; - is standard output.")
+REPORT = click.option("--report", "report_path", metavar="FILE.html", help="Write what came out as a page to look at, with charts.")
 QUIET = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors; prune then skips its benchmark.")
 VERBOSE = click.option("--verbose", "-v", is_flag=True, help="List every place of every group, and every fixed axis.")
 VERIFY = click.option("--verify/--no-verify", default=True, help="Prove the result on the model (on by default).")
