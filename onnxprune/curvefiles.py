@@ -61,7 +61,7 @@ def of_content(contents: Iterable[Mapping[str, Any]]) -> Curves:
     for content in contents:
         if content["kind"] == "sensitivity":
             sensitivity = _sensitivity(content)
-            judged = "" if content["before"] is None else f" {content['measure']} of the original: {content['before']:.4g}."
+            judged = "" if content["before"] is None else f"; {content['measure']} of the original: {content['before']:.4g}"
             lead["sensitivity"] = f"What {len(sensitivity.points)} groups are worth, each one alone.{judged}"
         else:
             sweep = _sweep(content)
