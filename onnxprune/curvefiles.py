@@ -74,7 +74,8 @@ def _sensitivity(content: Mapping[str, Any]) -> Sensitivity:
     changes: dict[str, list[tuple[float, float]]] = {}
     qualities: dict[str, list[tuple[float, float]]] = {}
     for point in content["points"]:
-        label = f"{point['group']}: {point['tensor']}" if point["tensor"] else f"group {point['group']}"
+        name = point.get("name") or point["tensor"]
+        label = f"{point['group']}: {name}" if name else f"group {point['group']}"
         for lines, value, start in ((changes, point["change"], 0.0), (qualities, point["quality"], content["before"])):
             if value is not None:
                 lines.setdefault(label, [] if start is None else [(0.0, float(start))]).append((float(point["ratio"]), float(value)))

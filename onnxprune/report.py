@@ -5,34 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from onnxprune.api import Result
 from onnxprune.benchmark import Measurement
 from onnxprune.certificate import Proof
 from onnxprune.evaluation import Evaluation
-from onnxprune.grouping import Group, Grouping
+from onnxprune.grouping import Grouping
 from onnxprune.handoff import HandOff
+from onnxprune.naming import group_names
 from onnxprune.tensorrt import Support
 from onnxprune.tensorrt_operators import VERSION
-
-
-def _table(*columns: tuple[str, str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title, side in columns:
-        table.add_column(title, justify="right" if side == "right" else "left", overflow="fold")
-    return table
-
-
-def _where(group: Group) -> str:
-    if group.branch is not None:
-        layers = f"{group.branch.layers} layer{'s' if group.branch.layers > 1 else ''}"
-        return f"the branch of {layers} at {escape(group.branch.output)}"
-    names = list(dict.fromkeys(m.tensor for m in group.members))
-    return escape(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+from onnxprune.terminal import NARROW
+from onnxprune.terminal import table as table_of
 
 
 def show_groups(console: Console, grouping: Grouping, proof: Proof | None) -> None:
@@ -41,12 +27,16 @@ def show_groups(console: Console, grouping: Grouping, proof: Proof | None) -> No
     blocks = len(grouping.groups) - len(widths)
     also = f", {blocks} residual branches" if blocks else ""
     console.print(f"[bold]{escape(grouping.model.name)}[/]: {len(widths)} groups, {sum(g.units for g in widths)} units{also}")
-    table = _table(("group", "right"), ("units", "right"), ("kind", "left"), ("tensors", "left"), ("proof", "left"))
-    idle = set(proof.unexercised) if proof else set()
+    wide = console.width >= NARROW
+    kind = (("kind", "left"),) if wide else ()
+    table = table_of(("group", "right"), ("units", "right"), *kind, ("tensors", "left"), ("proof", "left"))
+    idle, names = set(proof.unexercised) if proof else set(), group_names(grouping)
     for group in grouping.groups:
         state = "not run" if proof is None else "not exercised" if group.id in idle else "proven"
         state = "unchecked" if proof and group.id in proof.unchecked else state
-        table.add_row(str(group.id), str(group.units), group.kind, _where(group), state + (", statistics" if group.statistics else ""))
+        state += ", statistics" if group.statistics else ""
+        kinds = (group.kind,) if wide else ()
+        table.add_row(str(group.id), str(group.units), *kinds, escape(names[group.id]), state)
     if grouping.groups:
         console.print(table)
     if grouping.fixed:
@@ -69,12 +59,14 @@ def show_places(console: Console, grouping: Grouping) -> None:
 
 def show_result(console: Console, result: Result, ratio: float | None, of: str) -> None:
     """The widths of every group before and after, and what went."""
-    table = _table(("group", "right"), ("tensors", "left"), ("units", "right"), ("", "left"))
+    table = table_of(("group", "right"), ("tensors", "left"), ("units", "right"), ("", "left"))
+    names, width = group_names(result.plan.grouping), 20 if console.width >= NARROW else 8
     for group in result.plan.groups:
         gone = len(result.plan.remove.get(group.id, ()))
         if gone:
             kept = group.units - gone
-            table.add_row(str(group.id), _where(group), f"{group.units} → {kept}", _bar(kept / group.units))
+            table.add_row(str(group.id), escape(names[group.id]), f"{group.units} → {kept}", _bar(kept / group.units, width))
+    table.columns[-1].no_wrap = True
     if table.row_count:
         console.print(table)
     for title, (before, after) in (("MACs", result.macs), ("parameters", result.parameters)):
@@ -107,7 +99,7 @@ def _open_sizes(result: Result) -> str:
     return ", ".join(found)
 
 
-def _bar(share: float, width: int = 20) -> str:
+def _bar(share: float, width: int) -> str:
     full = round(share * width)
     return f"[green]{'━' * full}[/][dim]{'─' * (width - full)}[/]"
 
@@ -168,6 +160,14 @@ def hint_alignment(console: Console, measured: Sequence[Measurement], result: Re
         )
 
 
+FIDELITY = {"cosine": ("cosine", "{:.4f}"), "SQNR, dB": ("sqnr", "{:.1f}"), "KL": ("kl", "{:.2g}"), "same top-1": ("agreement", "{:.1%}")}
+
+
+def _fidelity_titles(console: Console) -> list[str]:
+    """Of pairs of figures only so many as stand in one line."""
+    return [title for title in FIDELITY if title != "KL" or console.width >= NARROW]
+
+
 def show_compensation(console: Console, result: Result) -> None:
     """How near the outputs are on calibration samples, before compensation and after."""
     if result.fidelity is None:
@@ -177,15 +177,11 @@ def show_compensation(console: Console, result: Result) -> None:
     fitted = f", {len(result.refits) - pairs} layers fitted" if result.refits else ""
     fitted += f", {pairs} of them refined with the layer before" if pairs else ""
     console.print(f"compensation: {result.plan.options.get('compensation')}{fitted}; on {after.samples} calibration samples:")
-    table = _table(("output", "left"), *((title, "right") for title in ("cosine", "SQNR", "KL", "same top-1")))
+    titles = _fidelity_titles(console)
+    table = table_of(("output", "left"), *((title, "right") for title in titles))
     for old, new in zip(before.outputs, after.outputs, strict=True):
-        columns = (
-            (old.cosine, new.cosine, "{:.4f}"),
-            (old.sqnr, new.sqnr, "{:.1f} dB"),
-            (old.kl, new.kl, "{:.3g}"),
-            (old.agreement, new.agreement, "{:.1%}"),
-        )
-        row = ["–" if a is None or b is None else f"{form.format(a)} → [bold]{form.format(b)}[/]" for a, b, form in columns]
+        pairs_of = [(getattr(old, field), getattr(new, field), form) for field, form in map(FIDELITY.__getitem__, titles)]
+        row = ["–" if a is None or b is None else f"{form.format(a)} → [bold]{form.format(b)}[/]" for a, b, form in pairs_of]
         table.add_row(escape(new.output), *row)
     if table.row_count:
         console.print(table)
@@ -199,9 +195,9 @@ def show_evaluation(console: Console, found: Evaluation) -> None:
         console.print(f"metric on {found.samples} samples: {found.metric_before:.4g} → [bold]{found.metric_after:.4g}[/]")
     if found.agreement is not None:
         console.print(f"same class as the original: {found.agreement:.2%} of {found.samples} samples")
-    table = _table(("output", "left"), *((title, "right") for title in ("cosine", "SQNR", "KL", "same top-1")))
+    table = table_of(("output", "left"), *((title, "right") for title in FIDELITY))
     for output in found.outputs:
-        row = ((output.cosine, "{:.4f}"), (output.sqnr, "{:.1f} dB"), (output.kl, "{:.3g}"), (output.agreement, "{:.2%}"))
+        row = [(getattr(output, field), form) for field, form in FIDELITY.values()]
         table.add_row(escape(output.output), *("–" if value is None else form.format(value) for value, form in row))
     if table.row_count:
         console.print(table)

@@ -167,7 +167,7 @@ def test_sensitivity_and_sweep_write_pages_of_what_they_measured(explored: Path)
     page = Page((explored / "s.html").read_text(encoding="utf-8"))
     for drawn, key, start in ((page.data["sensitivity"], "change", 0), (page.data["sensitivity"]["quality"], "quality", kept["before"])):
         for one in drawn["series"]:
-            own = [p for p in kept["points"] if one["label"] == f"{p['group']}: {p['tensor']}"]
+            own = [p for p in kept["points"] if one["label"] == f"{p['group']}: {p['name']}"]
             assert one["points"] == [[0, pytest.approx(start, rel=1e-4)], *(pytest.approx([p["ratio"], p[key]], rel=1e-4) for p in own)]
     assert page.data["sensitivity"]["quality"]["measure"] == "accuracy"
     assert ["eval", str(MODELS / "digits-mlp.eval.npz")] in page.tables["options-table"]
