@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from onnxprune import __version__
+from onnxprune.completion import FILE, one_of, providers
 from onnxprune.errors import OnnxPruneError
 from onnxprune.exploring import COMMANDS
+from onnxprune.helptext import Grouped
 from onnxprune.options import (
     ALLOW_IO,
     CALIBRATION,
@@ -55,19 +58,28 @@ INTERRUPTED = 130
 class Commands(click.Group):
     """A group whose default command is `prune`, and which says errors in one line."""
 
+    command_class = Grouped
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
-            if not args[0].startswith("-") and not args[0].endswith(".onnx") and not Path(args[0]).exists():
+            if not ctx.resilient_parsing and not args[0].startswith("-") and not args[0].endswith(".onnx") and not Path(args[0]).exists():
                 raise OnnxPruneError(f"'{args[0]}' is neither a file nor a command ({', '.join(self.commands)}); see `onnxprune --help`")
             args = ["prune", *args]
+        if args and not ctx.resilient_parsing and not _silent(args):
+            _say_configuration(ctx.obj, ctx.default_map or {}, self.commands.get(args[0]))
         return super().parse_args(ctx, args)
 
     def make_context(self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any) -> click.Context:
-        if not {"--help", "-h", "--version"}.intersection(args):
+        if not extra.get("resilient_parsing") and not {"--help", "-h", "--version"}.intersection(args):
             from onnxprune.configuration import read_configuration
 
-            extra.setdefault("default_map", read_configuration(self.commands))
+            extra["obj"], extra["default_map"] = read_configuration(self.commands)
         return super().make_context(info_name, args, parent, **extra)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands, and files, as a model may be the first word."""
+        found = super().shell_complete(ctx, incomplete)
+        return found if incomplete and found else [*found, CompletionItem(incomplete, type="file")]
 
     def main(self, *args: Any, **extra: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
@@ -104,6 +116,19 @@ class Commands(click.Group):
         sys.exit(code if isinstance(code, int) else 0)
 
 
+def _silent(args: list[str]) -> bool:
+    """Whether nothing is to be said but the result, if that."""
+    return any(arg in ("-q", "--quiet") or arg.startswith("--json") for arg in args)
+
+
+def _say_configuration(file: Path | None, defaults: Mapping[str, Any], command: click.Command | None) -> None:
+    """The file that options come from, once, so that nobody wonders where from."""
+    given = defaults.get(command.name or "", {}) if command else {}
+    if file and command and given and not given.get("quiet"):
+        flags = [max(option.opts, key=len) for option in command.params if option.name in given]
+        click.echo(f"{file}: {', '.join(flags)}; flags on the command line win", err=True)
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="onnxprune")
 def main() -> None:
@@ -127,7 +152,7 @@ def main() -> None:
 @main.command()
 @MODEL
 @options(
-    click.option("--output", "-o", metavar="FILE", help="The pruned model; MODEL-pruned.onnx if not given."),
+    click.option("--output", "-o", type=FILE, metavar="FILE", help="The pruned model; MODEL-pruned.onnx if not given."),
     CHOICE,
     CALIBRATION,
     FEEDS,
@@ -135,9 +160,11 @@ def main() -> None:
     EVALUATION,
     GATES,
     PREPROCESS,
-    click.option("--plan-out", metavar="FILE", help="Write the plan too."),
+    click.option("--plan-out", type=FILE, metavar="FILE", help="Write the plan too."),
     REPORT,
-    click.option("--curves", multiple=True, metavar="FILE", help="What `sensitivity` or `sweep` kept, to show in the report too."),
+    click.option(
+        "--curves", type=FILE, multiple=True, metavar="FILE", help="What `sensitivity` or `sweep` kept, to show in the report too."
+    ),
     VERIFY,
     DEVICE,
     MEMORY,
@@ -377,7 +404,7 @@ def groups(
 @main.command()
 @MODEL
 @options(
-    click.option("--output", "-o", metavar="FILE", required=True, help="The plan, as JSON."),
+    click.option("--output", "-o", type=FILE, metavar="FILE", required=True, help="The plan, as JSON."),
     CHOICE,
     CALIBRATION,
     PREPROCESS,
@@ -431,9 +458,9 @@ def plan(
 
 @main.command()
 @MODEL
-@click.argument("plan", metavar="PLAN.json")
+@click.argument("plan", type=FILE, metavar="PLAN.json")
 @options(
-    click.option("--output", "-o", metavar="FILE", required=True, help="The pruned model."),
+    click.option("--output", "-o", type=FILE, metavar="FILE", required=True, help="The pruned model."),
     FEEDS,
     SEED,
     click.option("--verify/--no-verify", default=False, help="Prove the result on this model (off by default)."),
@@ -481,12 +508,13 @@ def apply(
 
 @main.command()
 @MODEL
-@click.argument("plan", metavar="PLAN.json")
+@click.argument("plan", type=FILE, metavar="PLAN.json")
 @options(
-    click.option("--output", "-o", metavar="FILE", required=True, help="The indices that stay, as JSON."),
+    click.option("--output", "-o", type=FILE, metavar="FILE", required=True, help="The indices that stay, as JSON."),
     click.option(
         "--state-dict",
         "checkpoint",
+        type=FILE,
         metavar="CHECKPOINT",
         help="The framework's parameters: .npz, .safetensors, .pt (needs torch), .h5, .keras (h5py); else the file's own tensors.",
     ),
@@ -522,8 +550,10 @@ def export_plan(model: str, plan: str, output: str, checkpoint: str | None, feed
 
 @main.command()
 @MODEL
-@click.argument("pruned", metavar="[PRUNED.onnx]", required=False)
-@options(click.option("--plan", metavar="FILE", help="The plan that made PRUNED.onnx."), FEEDS, SEED, ALLOW_IO, MEMORY, JSON, QUIET)
+@click.argument("pruned", type=FILE, metavar="[PRUNED.onnx]", required=False)
+@options(
+    click.option("--plan", type=FILE, metavar="FILE", help="The plan that made PRUNED.onnx."), FEEDS, SEED, ALLOW_IO, MEMORY, JSON, QUIET
+)
 def verify(
     model: str,
     pruned: str | None,
@@ -567,14 +597,23 @@ def verify(
 
 
 @main.command()
-@click.argument("models", metavar="A.onnx [B.onnx …]", nargs=-1, required=True)
+@click.argument("models", type=FILE, metavar="A.onnx [B.onnx …]", nargs=-1, required=True)
 @options(
     FEEDS,
-    click.option("--batch", type=click.IntRange(1), help="Size of the symbolic first axis."),
-    click.option("--threads", type=click.IntRange(0), default=1, show_default=True, help="onnxruntime's threads; 0: its own default."),
-    click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Runs before the clock starts."),
-    click.option("--seconds", type=click.FloatRange(0), default=2.0, show_default=True, help="Time to spend on each model."),
-    click.option("--provider", default="CPUExecutionProvider", show_default=True, help="onnxruntime provider."),
+    click.option("--batch", metavar="N", type=click.IntRange(1), help="Size of the symbolic first axis."),
+    click.option(
+        "--threads", metavar="N", type=click.IntRange(0), default=1, show_default=True, help="onnxruntime's threads; 0: its own default."
+    ),
+    click.option("--warmup", metavar="N", type=click.IntRange(0), default=3, show_default=True, help="Runs before the clock starts."),
+    click.option("--seconds", metavar="S", type=click.FloatRange(0), default=2.0, show_default=True, help="Time to spend on each model."),
+    click.option(
+        "--provider",
+        shell_complete=one_of(providers),
+        metavar="NAME",
+        default="CPUExecutionProvider",
+        show_default=True,
+        help="onnxruntime provider.",
+    ),
     JSON,
     QUIET,
 )

@@ -10,7 +10,9 @@ from typing import Any
 
 import click
 
+from onnxprune.completion import FILE, allocations, criteria, one_of, providers
 from onnxprune.errors import OnnxPruneError
+from onnxprune.helptext import Grouped
 from onnxprune.options import (
     ALLOW_IO,
     CALIBRATION,
@@ -19,6 +21,7 @@ from onnxprune.options import (
     FEEDS,
     JSON,
     MEMORY,
+    MIN_KEEP,
     MODEL,
     PREPROCESS,
     QUIET,
@@ -38,13 +41,15 @@ from onnxprune.options import (
 from onnxprune.terminal import complain, console, progress, write_json
 
 
-@click.command()
+@click.command(cls=Grouped)
 @MODEL
 @options(
     click.option("--around", metavar="NAME", help="Draw the dependencies around this node, value or group (group:3); needs -o."),
-    click.option("--depth", type=click.IntRange(0), default=2, show_default=True, help="… up to so many relations away."),
-    click.option("--output", "-o", metavar="FILE", help="The drawing: .svg, .png, .dot or .graphml; without --around all of the model."),
-    click.option("--min-keep", default=0.1, show_default=True, help="Least that a group keeps: a share below 1, or a number of units."),
+    click.option("--depth", metavar="N", type=click.IntRange(0), default=2, show_default=True, help="… up to so many relations away."),
+    click.option(
+        "--output", "-o", type=FILE, metavar="FILE", help="The drawing: .svg, .png, .dot or .graphml; without --around all of the model."
+    ),
+    MIN_KEEP,
     FEEDS,
     SEED,
     ALLOW_IO,
@@ -111,19 +116,32 @@ def inspect(
     return 0
 
 
-PLOT = click.option("--plot", metavar="FILE", help="The curves too: .svg, .png or .pdf (needs the extra bench).")
+PLOT = click.option("--plot", type=FILE, metavar="FILE", help="The curves too: .svg, .png or .pdf (needs the extra bench).")
 
 
-@click.command()
+@click.command(cls=Grouped)
 @MODEL
 @options(
-    click.option("--ratios", default="0.1:0.9:0.2", show_default=True, help="Shares of a group's units: first:last:step, or with commas."),
-    click.option("--criterion", default="obs", show_default=True, help="Which units go first (docs/criteria.md)."),
+    click.option(
+        "--ratios",
+        metavar="SHARES",
+        default="0.1:0.9:0.2",
+        show_default=True,
+        help="Shares of a group's units: first:last:step, or with commas.",
+    ),
+    click.option(
+        "--criterion",
+        shell_complete=one_of(criteria),
+        metavar="NAME",
+        default="obs",
+        show_default=True,
+        help="Which units go first (docs/criteria.md).",
+    ),
     SAMPLES,
     EVALUATION,
     PREPROCESS,
     SCOPE,
-    click.option("--state", metavar="FILE", help="Where points are kept; MODEL-sensitivity.json beside the model if not given."),
+    click.option("--state", type=FILE, metavar="FILE", help="Where points are kept; MODEL-sensitivity.json beside the model if not given."),
     PLOT,
     REPORT,
     FEEDS,
@@ -227,16 +245,53 @@ def resumable(where: str) -> Iterator[None]:
         raise
 
 
-@click.command()
+@click.command(cls=Grouped)
 @MODEL
 @options(
-    click.option("--ratios", default="0.1:0.8:0.1", show_default=True, help="Shares of the budget: first:last:step, or with commas."),
-    click.option("--criteria", metavar="NAME,…", default="", help="Try each of these (docs/criteria.md); prune's own if not given."),
-    click.option("--allocations", metavar="NAME,…", default="", help="… with each of these."),
-    click.option("--output", "-o", metavar="FOLDER", help="For models, plans and results.json; MODEL-sweep beside the model if not given."),
-    click.option("--jobs", "-j", type=int, default=1, show_default=True, help="Points made side by side, a process each; -1: one a core."),
-    click.option("--seconds", type=click.FloatRange(0), default=1.0, show_default=True, help="For each model's latency; 0: none."),
-    click.option("--provider", default="CPUExecutionProvider", show_default=True, help="onnxruntime provider of the latency."),
+    click.option(
+        "--ratios",
+        metavar="SHARES",
+        default="0.1:0.8:0.1",
+        show_default=True,
+        help="Shares of the budget: first:last:step, or with commas.",
+    ),
+    click.option(
+        "--criteria",
+        shell_complete=one_of(criteria, several=True),
+        metavar="NAME,…",
+        default="",
+        help="Try each of these (docs/criteria.md); prune's own if not given.",
+    ),
+    click.option(
+        "--allocations", shell_complete=one_of(allocations, several=True), metavar="NAME,…", default="", help="… with each of these."
+    ),
+    click.option(
+        "--output",
+        "-o",
+        type=click.Path(file_okay=False),
+        metavar="FOLDER",
+        help="For models, plans and results.json; MODEL-sweep beside the model if not given.",
+    ),
+    click.option(
+        "--jobs",
+        "-j",
+        metavar="N",
+        type=int,
+        default=1,
+        show_default=True,
+        help="Points made side by side, a process each; -1: one a core.",
+    ),
+    click.option(
+        "--seconds", metavar="S", type=click.FloatRange(0), default=1.0, show_default=True, help="For each model's latency; 0: none."
+    ),
+    click.option(
+        "--provider",
+        shell_complete=one_of(providers),
+        metavar="NAME",
+        default="CPUExecutionProvider",
+        show_default=True,
+        help="onnxruntime provider of the latency.",
+    ),
     but(CHOICE, "ratio", "criterion", "allocation"),
     CALIBRATION,
     EVALUATION,
