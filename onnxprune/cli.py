@@ -89,6 +89,8 @@ class Commands(click.Group):
             code = super().main(*args, **{**extra, "standalone_mode": False})
         except OnnxPruneError as error:
             _complain(str(error))
+            if {"-v", "--verbose"}.intersection(sys.argv[1:]):
+                click.echo(_cause(error), err=True, nl=False)
             sys.exit(error.exit_code)
         except click.exceptions.Abort:
             _complain("interrupted; no half-written file is left")
@@ -114,6 +116,13 @@ class Commands(click.Group):
             _complain(f"unexpected {type(error).__name__} ({error}); ONNXPRUNE_DEBUG=1 shows where, please report it")
             sys.exit(4)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _cause(error: BaseException) -> str:
+    """All that onnx or onnxruntime said, where an error cites it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return "" if isinstance(error, OnnxPruneError) else f"{error}\n"
 
 
 def _silent(args: list[str]) -> bool:
@@ -450,6 +459,7 @@ def plan(
 
         report.show_result(_console(), result, ratio, chosen["of"])
         report.show_proof(_console(), result.proof)
+        _console().print(f"{output} holds the plan; `onnxprune apply {model} {output} -o OUT.onnx` carries it out", soft_wrap=True)
     if not result.on_budget:
         _complain(f"the budget is out of reach: {result.reached:.1%} of {chosen['of']} goes, {ratio:.1%} was asked")
         return 3
@@ -503,6 +513,8 @@ def apply(
         report.show_result(_console(), result, None, "")
         if verify:
             report.show_proof(_console(), result.proof)
+        unproven = "" if verify else f"; not verified: `onnxprune verify {model} {target} --plan {plan}` does"
+        _console().print(f"{target} is written, as {plan} says{unproven}", soft_wrap=True)
     return 0
 
 

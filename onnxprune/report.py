@@ -25,8 +25,9 @@ def show_groups(console: Console, grouping: Grouping, proof: Proof | None) -> No
     """A line a group, then what is fixed, by reason."""
     widths = [g for g in grouping.groups if g.branch is None]
     blocks = len(grouping.groups) - len(widths)
-    also = f", {blocks} residual branches" if blocks else ""
-    console.print(f"[bold]{escape(grouping.model.name)}[/]: {len(widths)} groups, {sum(g.units for g in widths)} units{also}")
+    also = f", {_branches(blocks)}" if blocks else ""
+    found = f"{len(widths)} {'group' if len(widths) == 1 else 'groups'}, {sum(g.units for g in widths)} units"
+    console.print(f"[bold]{escape(grouping.model.name)}[/]: {found}{also}")
     wide = console.width >= NARROW
     kind = (("kind", "left"),) if wide else ()
     table = table_of(("group", "right"), ("units", "right"), *kind, ("tensors", "left"), ("proof", "left"))
@@ -107,33 +108,63 @@ def _bar(share: float, width: int) -> str:
 def show_proof(console: Console, proof: Proof | None) -> None:
     """What was proven, in plain words, gaps in standard deviations of the outputs."""
     if proof is None:
-        console.print("[yellow]not verified[/]")
+        console.print("[yellow]not verified: what is left was not compared with the original[/]")
         return
+    console.print(f"[{'green' if proof.proven or proof.unchecked else 'yellow'}]{verdict(proof)}[/]")
     count = len(proof.proven) + len(proof.unexercised) + len(proof.unchecked) - len(proof.influence)
     console.print(
-        f"proof: {count} groups permuted, outputs move by {proof.permutation:.1e} standard deviations "
+        f"  {count} {'group' if count == 1 else 'groups'} permuted: outputs move by {proof.permutation:.1e} standard deviations "
         f"(rounding {proof.rounding:.1e}, allowed {proof.tolerance:.1e})"
     )
     if proof.influence:
-        console.print(f"  {len(proof.influence)} residual branches: cutting them is the same as zeros in their last projections")
+        console.print(f"  {_branches(len(proof.influence))}: cutting them is the same as zeros in their last projections")
     for text, ids in (
-        ("kept whole, as these inputs do not exercise them", proof.unexercised),
+        ("kept whole, as these inputs do not exercise them (give inputs that do with --feeds)", proof.unexercised),
         ("left unchecked for time whether they are exercised", proof.unchecked),
     ):
         if ids:
-            console.print(f"[yellow]  {text}: groups {_some(ids)}[/]")
+            console.print(f"[yellow]  {_some(ids)} {text}[/]")
     for reason, failed in _by_reason(proof).items():
-        console.print(f"[yellow]  kept whole, {escape(reason)}: groups {_some(failed)}[/]")
+        console.print(f"[yellow]  {_some(failed)} kept whole: {escape(reason)}[/]")
     if proof.commuting is not None:
         console.print(f"  pruning a permuted model gives the same outputs: {proof.commuting:.1e}")
     if proof.masked is not None:
         console.print(f"  the original with zeros in place of the units gives the same outputs: {proof.masked:.1e}")
     if proof.statistics:
-        console.print(f"  {len(proof.statistics)} also change a mean, variance, maximum or softmax: groups {_some(proof.statistics)}")
+        console.print(f"  {_some(proof.statistics)} also in a mean, variance, maximum or softmax, which zeros would not leave alone")
     if proof.matches is not None:
-        same = proof.matches <= proof.tolerance
-        text = "is what the plan leaves" if same else "has the plan's shapes and other weights (trained on or compensated)"
+        text = "is what the plan leaves" if _same(proof) else "has the plan's shapes and other weights (trained on or compensated)"
         console.print(f"  the pruned model {text}: {proof.matches:.1e}")
+    if proof.pinned:
+        console.print(f"[yellow]  {escape('; '.join(proof.pinned))}: {PINNED}[/]")
+
+
+PINNED = (
+    "open in the file, and the model runs at no other size, as its exporter wrote the traced one into it. The file works at that size "
+    "alone, pruned or not, and some groups may stay whole for it. Export it again with that axis dynamic "
+    "(torch.onnx.export(…, dynamo=True, dynamic_shapes=…)), or fixed"
+)
+
+
+def verdict(proof: Proof) -> str:
+    """What the proof comes to, in words."""
+    kept = len(proof.frozen) + len(proof.unexercised)
+    but = f"; {kept} {'group' if kept == 1 else 'groups'} without proof stay{'s' if kept == 1 else ''} whole" if kept else ""
+    if not (proof.proven or proof.unchecked):
+        return f"nothing is proven{but}"
+    if proof.matches is not None and not _same(proof):
+        return f"the proof holds for the plan's surgery; the pruned model has its shapes and weights of its own{but}"
+    if proof.commuting is not None or proof.masked is not None:
+        return f"the proof holds: the surgery leaves the original minus the removed units{but}"
+    return f"the proof holds: the units of each group can change places, and the outputs stay as they were{but}"
+
+
+def _same(proof: Proof) -> bool:
+    return proof.matches is None or proof.matches <= proof.tolerance
+
+
+def _branches(count: int) -> str:
+    return f"{count} residual branch{'' if count == 1 else 'es'}"
 
 
 def _by_reason(proof: Proof) -> dict[str, list[int]]:
@@ -144,7 +175,10 @@ def _by_reason(proof: Proof) -> dict[str, list[int]]:
 
 
 def _some(ids: Sequence[int]) -> str:
-    return ", ".join(map(str, ids[:8])) + (" …" if len(ids) > 8 else "")
+    return ("group " if len(ids) == 1 else "groups ") + ", ".join(map(str, ids[:8])) + (" …" if len(ids) > 8 else "")
+
+
+SLOWER = 1.03  # times the original's latency; less is how clocks vary
 
 
 def hint_alignment(console: Console, measured: Sequence[Measurement], result: Result) -> None:
@@ -153,7 +187,7 @@ def hint_alignment(console: Console, measured: Sequence[Measurement], result: Re
     given = result.plan.options
     unaligned = given.get("align") == 1 and given.get("target") is None and result.latency is None
     if unaligned and after > 0.9 * before:
-        what = "slower" if after > before else "hardly faster"
+        what = "slower" if after >= SLOWER * before else "hardly faster"
         console.print(
             f"[yellow]smaller, but {what}: fast kernels want widths that are multiples of 8 or 16; try --target cpu (or cuda, tensorrt), "
             "or --of latency[/]"

@@ -96,7 +96,7 @@ def _show_groups(console: Console, found: Inspection) -> None:
     for group in groups:
         share = found.alone[group.id]
         kinds = (group.kind,) if wide else ()
-        note = " (not exercised: stays whole)" if group.id in idle else ""
+        note = " (not exercised by these inputs: stays whole; see --feeds)" if group.id in idle else ""
         name = escape(names[group.id]) + note
         table.add_row(str(group.id), str(group.units), *kinds, name, f"{share.macs:.1%}", f"{share.parameters:.1%}")
     console.print(table)
@@ -155,7 +155,9 @@ def show_sensitivity(console: Console, found: Sensitivity) -> None:
         console.print(f"  group {group}: {escape(found.names.get(group, ''))}, {by_group[group][0].units} units", soft_wrap=True)
     console.print("change: mean squared change of the outputs by their variance; 1 is as much as they vary themselves")
     if found.skipped:
-        console.print(f"[yellow]not exercised by the inputs, so left out: groups {', '.join(map(str, found.skipped))}[/]")
+        console.print(
+            f"[yellow]not exercised by the inputs, so left out (give inputs that do with --feeds): {', '.join(map(str, found.skipped))}[/]"
+        )
 
 
 def _cell(point: Point, measure: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -12,10 +13,14 @@ from pathlib import Path
 import onnx
 import pytest
 from conftest import MODELS, two_layers
+from rich.console import Console
 
+import onnxprune
+from onnxprune.benchmark import Measurement
 from onnxprune.grouping import group
 from onnxprune.importer import load
 from onnxprune.naming import group_names
+from onnxprune.report import hint_alignment
 
 MLP = [str(MODELS / f"digits-mlp{ending}") for ending in (".onnx", ".calibration.npz", ".eval.npz")]
 
@@ -51,6 +56,16 @@ def test_names_are_not_folded_letter_by_letter(tmp_path: Path) -> None:
         assert after
         assert len(after[0]) > 15
     assert max(len(line) for line in lines if not line.startswith(("digits", "  "))) <= 60  # sentences fold in the window
+
+
+@pytest.mark.parametrize(("times", "said"), [(1.2, "but slower"), (1.02, "hardly faster"), (0.95, "hardly faster"), (0.8, "")])
+def test_slower_is_what_no_clock_varies_by(times: float, said: str) -> None:
+    result = onnxprune.prune(two_layers(), 0.5, of="channels")
+    measured = [Measurement("m", 1, 1, 1, None, t, t, t, 9) for t in (1.0, times)]
+    console = Console(file=io.StringIO(), width=200)
+    hint_alignment(console, measured, result)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert said in text if said else not text
 
 
 def renamed(model: onnx.ModelProto, names: dict[str, str]) -> onnx.ModelProto:
