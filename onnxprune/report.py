@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 
 from onnxprune.api import Result
 from onnxprune.benchmark import Measurement
@@ -112,31 +113,32 @@ def show_proof(console: Console, proof: Proof | None) -> None:
         return
     console.print(f"[{'green' if proof.proven or proof.unchecked else 'yellow'}]{verdict(proof)}[/]")
     count = len(proof.proven) + len(proof.unexercised) + len(proof.unchecked) - len(proof.influence)
-    console.print(
-        f"  {count} {'group' if count == 1 else 'groups'} permuted: outputs move by {proof.permutation:.1e} standard deviations "
-        f"(rounding {proof.rounding:.1e}, allowed {proof.tolerance:.1e})"
+    _point(
+        console,
+        f"{count} {'group' if count == 1 else 'groups'} permuted: outputs move by {proof.permutation:.1e} standard deviations "
+        f"(rounding {proof.rounding:.1e}, allowed {proof.tolerance:.1e})",
     )
     if proof.influence:
-        console.print(f"  {_branches(len(proof.influence))}: cutting them is the same as zeros in their last projections")
+        _point(console, f"{_branches(len(proof.influence))}: cutting them is the same as zeros in their last projections")
     for text, ids in (
         ("kept whole, as these inputs do not exercise them (give inputs that do with --feeds)", proof.unexercised),
         ("left unchecked for time whether they are exercised", proof.unchecked),
     ):
         if ids:
-            console.print(f"[yellow]  {_some(ids)} {text}[/]")
+            _point(console, f"[yellow]{_some(ids)} {text}[/]")
     for reason, failed in _by_reason(proof).items():
-        console.print(f"[yellow]  {_some(failed)} kept whole: {escape(reason)}[/]")
+        _point(console, f"[yellow]{_some(failed)} kept whole: {escape(reason)}[/]")
     if proof.commuting is not None:
-        console.print(f"  pruning a permuted model gives the same outputs: {proof.commuting:.1e}")
+        _point(console, f"pruning a permuted model gives the same outputs: {proof.commuting:.1e}")
     if proof.masked is not None:
-        console.print(f"  the original with zeros in place of the units gives the same outputs: {proof.masked:.1e}")
+        _point(console, f"the original with zeros in place of the units gives the same outputs: {proof.masked:.1e}")
     if proof.statistics:
-        console.print(f"  {_some(proof.statistics)} also in a mean, variance, maximum or softmax, which zeros would not leave alone")
+        _point(console, f"{_some(proof.statistics)} also in a mean, variance, maximum or softmax, which zeros would not leave alone")
     if proof.matches is not None:
         text = "is what the plan leaves" if _same(proof) else "has the plan's shapes and other weights (trained on or compensated)"
-        console.print(f"  the pruned model {text}: {proof.matches:.1e}")
+        _point(console, f"the pruned model {text}: {proof.matches:.1e}")
     if proof.pinned:
-        console.print(f"[yellow]  {escape('; '.join(proof.pinned))}: {PINNED}[/]")
+        _point(console, f"[yellow]{escape('; '.join(proof.pinned))}: {PINNED}[/]")
 
 
 PINNED = (
@@ -157,6 +159,11 @@ def verdict(proof: Proof) -> str:
     if proof.commuting is not None or proof.masked is not None:
         return f"the proof holds: the surgery leaves the original minus the removed units{but}"
     return f"the proof holds: the units of each group can change places, and the outputs stay as they were{but}"
+
+
+def _point(console: Console, text: str) -> None:
+    """Indented, where it takes several lines too."""
+    console.print(Padding(text, (0, 0, 0, 2), expand=False))
 
 
 def _same(proof: Proof) -> bool:
