@@ -66,7 +66,9 @@ def infer(
                 )
                 if not fits:
                     wanted = [d.dim_value or d.dim_param or "?" for d in declared]
-                    raise OnnxPruneError(f"{name}: input '{value.name}' is {wanted}, the feed is {list(given[value.name])}")
+                    raise OnnxPruneError(
+                        f"{name}: input '{value.name}' takes {wanted}, not {list(given[value.name])}; mend --feeds or --input-shape"
+                    )
         try:
             found = _infer_at(proto, nodes, tensors, shapes, feeds, symbolic)
             if free and any(not d.dim_value for v in inputs for d in v.type.tensor_type.shape.dim[1:]):
