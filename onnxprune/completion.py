@@ -8,8 +8,12 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-FILE = click.Path()  # any text: what is wrong with it is said where it is read or written
+FILE = click.Path(readable=False)  # any text: what is wrong with it is said where it is read or written
 Complete = Callable[[click.Context, click.Parameter, str], list[Any]]
+
+
+def folder(context: click.Context, parameter: click.Parameter, typed: str) -> list[Any]:
+    return [CompletionItem(typed, type="dir")]
 
 
 def one_of(names: Callable[[], Iterable[str]], *, several: bool = False, files: bool = False) -> Complete:

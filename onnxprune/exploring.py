@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from onnxprune.completion import FILE, allocations, criteria, one_of, providers
+from onnxprune.completion import FILE, allocations, criteria, folder, one_of, providers
 from onnxprune.errors import OnnxPruneError
 from onnxprune.helptext import Grouped
 from onnxprune.options import (
@@ -268,7 +268,7 @@ def resumable(where: str) -> Iterator[None]:
     click.option(
         "--output",
         "-o",
-        type=click.Path(file_okay=False),
+        shell_complete=folder,
         metavar="FOLDER",
         help="For models, plans and results.json; MODEL-sweep beside the model if not given.",
     ),

@@ -47,6 +47,7 @@ def test_commands_files_options_and_names(script: dict[str, str], tmp_path: Path
         ("onnxprune model.onnx --calibration data", ["file,data"]),
         ("onnxprune model.onnx --plan-out p", ["file,p"]),
         ("onnxprune apply model.onnx p", ["file,p"]),
+        ("onnxprune sweep model.onnx -o sw", ["dir,sw"]),
         ("onnxprune sweep model.onnx --criteria obs,l", ["plain,obs,l1", "plain,obs,l2", "plain,obs,lamp"]),
         ("onnxprune plan model.onnx --allocation ", [f"plain,{name}" for name in sorted({*names(), "auto"})]),
         ("onnxprune plan model.onnx --compensation ", [f"plain,{name}" for name in compensation.names()]),
