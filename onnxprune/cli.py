@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from onnxprune.benchmark import Measurement
 
 INTERRUPTED = 130
+NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())  # from click 8.2 on
 
 
 class Commands(click.Group):
@@ -95,7 +96,7 @@ class Commands(click.Group):
         except click.exceptions.Abort:
             _complain("interrupted; no half-written file is left")
             sys.exit(INTERRUPTED)
-        except click.exceptions.NoArgsIsHelpError as error:
+        except NO_ARGUMENTS as error:
             click.echo(error.format_message())
             sys.exit(2)
         except click.ClickException as error:

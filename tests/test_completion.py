@@ -22,7 +22,12 @@ def script(tmp_path: Path) -> dict[str, str]:
     path.parent.mkdir()
     path.write_text(f"#!{sys.executable}\nfrom onnxprune.cli import main\nmain()\n")
     path.chmod(0o755)
-    return {**os.environ, "PATH": f"{path.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    return {
+        **os.environ,
+        "PATH": f"{path.parent}:{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "HOME": str(tmp_path),
+    }
 
 
 def completed(script: dict[str, str], line: str, folder: Path) -> list[str]:
