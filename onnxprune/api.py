@@ -334,7 +334,7 @@ def verify(
     if plan is not None:
         result, bench = _apply(model, plan, feeds, input_shapes, True, seed, progress, memory)
         if result.proof is None or bench is None:
-            raise OnnxPruneError("the model has no groups; there is nothing to prove", 3)
+            raise OnnxPruneError("the model has no groups, so there is nothing to prove; `onnxprune groups` says why", 3)
         if pruned is None:
             return result.proof
         return replace(

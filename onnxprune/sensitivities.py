@@ -21,6 +21,7 @@ from onnxprune.external import AT_ONCE
 from onnxprune.grouping import Grouping, group
 from onnxprune.importer import load, read
 from onnxprune.keeping import counted, digest_of, keep, key_of, read_kept
+from onnxprune.naming import group_names
 from onnxprune.plans import Plan
 from onnxprune.quality import Evaluator, evaluator, quality
 from onnxprune.quantized import in_floats
@@ -55,7 +56,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """ratios: as asked for; points: by group and number removed; tensors: {group: the first tensor of each}.
+    """ratios: as asked for; points: by group and number removed; tensors, names: {group: the first tensor of each, and what people
+    call it}.
 
     measure: what `quality` is (`quality.Quality`), None where nothing was evaluated; before: the original's; skipped: groups that the
     inputs do not exercise, and so stay whole.
@@ -65,6 +67,7 @@ class Sensitivity:
     ratios: tuple[float, ...]
     points: tuple[Point, ...]
     tensors: Mapping[int, str]
+    names: Mapping[int, str]
     measure: str | None
     before: float | None
     skipped: tuple[int, ...]
@@ -72,6 +75,7 @@ class Sensitivity:
 
     def to_json(self) -> dict[str, Any]:
         """The format of docs/exploring.md, which is that of the state file too."""
+        naming = {"tensor": self.tensors, "name": self.names}
         return {
             "format": 1,
             "kind": KIND,
@@ -81,7 +85,7 @@ class Sensitivity:
             "measure": self.measure,
             "before": self.before,
             "skipped": list(self.skipped),
-            "points": [asdict(point) | {"tensor": self.tensors.get(point.group)} for point in self.points],
+            "points": [asdict(point) | {n: known.get(point.group) for n, known in naming.items()} for point in self.points],
         }
 
 
@@ -153,6 +157,7 @@ def sensitivity(
     chosen, _ = may_go(grouping, scope, exclude, {})
     if not chosen - idle:
         raise OnnxPruneError(f"{loaded.name}: no group is left to measure; see `onnxprune groups`", 3)
+    names = group_names(grouping)
     tensors = {g.id: g.members[0].tensor for g in grouping.groups}
     floats = in_floats(grouping, feeds, lambda one: at_granularity(group(one, allow_io), "channel"))
     if floats is not None:  # integers say nothing of a unit's size, and cannot be updated
@@ -165,6 +170,7 @@ def sensitivity(
         ratios=tuple(ratios),
         points=tuple(_points(kept)),
         tensors={g.id: tensors[g.id] for g in grouping.groups},
+        names={g.id: names[g.id] for g in grouping.groups},
         measure=kept.get("measure"),
         before=kept.get("before"),
         skipped=tuple(sorted(chosen & idle)),

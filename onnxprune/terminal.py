@@ -14,6 +14,9 @@ from onnxprune.errors import OnnxPruneWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+
+NARROW = 80  # characters below which tables leave out what is said elsewhere too
 
 
 def complain(text: str) -> None:
@@ -44,6 +47,18 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False)
+
+
+def table(*columns: tuple[str, str]) -> Table:
+    """A table of (title, side): those at the right are numbers, which are never split; words are, where the terminal is narrow."""
+    from rich import box
+    from rich.table import Table
+
+    view = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title, side in columns:
+        number = side == "right"
+        view.add_column(title, justify="right" if number else "left", overflow="fold", no_wrap=number)
+    return view
 
 
 @contextmanager
