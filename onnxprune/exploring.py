@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from onnxprune.completion import FILE, allocations, criteria, folder, one_of, providers
+from onnxprune.completion import FILE, allocations, criteria, folder, one_of
 from onnxprune.errors import OnnxPruneError
 from onnxprune.helptext import Grouped
 from onnxprune.options import (
