@@ -68,6 +68,7 @@ DISTORTION = "distortion"  # measured on samples (`curves`), and split by dynami
 BALANCED = "balanced"  # the geometric mean of that and of the scores' own sums, as later layers make up for some of what is measured
 MEASURED = (DISTORTION, BALANCED)
 LATENCY = "latency"  # a budget that is measured (`latency`), not counted
+BUDGETS = ("macs", "params", "channels", LATENCY)
 
 
 def names() -> list[str]:
@@ -357,7 +358,6 @@ def check_allocation(name: str, samples: bool) -> None:
 
 
 def check_budget(of: str) -> str:
-    known: Sequence[str] = ("macs", "params", "channels", LATENCY)
-    if of not in known:
-        raise OnnxPruneError(f"no budget is named '{of}'; there are: {', '.join(known)}")
+    if of not in BUDGETS:
+        raise OnnxPruneError(f"no budget is named '{of}'; there are: {', '.join(BUDGETS)}")
     return of

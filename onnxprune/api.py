@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,23 +34,23 @@ from onnxprune.equivalence import influences
 from onnxprune.errors import OnnxPruneError, ProofError
 from onnxprune.external import AT_ONCE, IN_MEMORY
 from onnxprune.fidelity import Fidelity, fidelity
+from onnxprune.ground import Ground, lay
 from onnxprune.grouping import Grouping, group, without
-from onnxprune.importer import Model, load
+from onnxprune.importer import File, Model, load, read
 from onnxprune.latency import land, learned, met
 from onnxprune.moves import Moves
 from onnxprune.plans import Plan, match, read_plan
-from onnxprune.quantized import Stored, counterparts, requantized, unquantized
+from onnxprune.quantized import Stored, requantized
 from onnxprune.reconstruction import Refit
 from onnxprune.rewriter import Widths, rewrite
-from onnxprune.rotation import Rotated, rotate
-from onnxprune.scoping import may_go
 from onnxprune.selection import PCA, Losses, Scores, check_criterion, in_steps, select
 from onnxprune.shapes import seeded_feeds
+from onnxprune.sizing import check_sized, sized
 from onnxprune.stopwatch import Stopwatch, Timer, check_device
 from onnxprune.study import Study
 from onnxprune.tensorrt import Support, check_introduced
 from onnxprune.tensorrt import check as supported
-from onnxprune.tiles import Align, check_align, ladder
+from onnxprune.tiles import Align, check_align
 from onnxprune.verification import check_model, compare, prove_surgery
 from onnxprune.writing import write_model
 
@@ -187,8 +187,9 @@ def prune(
     group keeps, residual branches apart.  Groups that the inputs do
     not exercise stay whole.  align: widths that layers work on stay multiples of it, or {glob: number} for layers so named; target:
     `cpu`, `tensorrt` or `cuda` chooses it for each group, as coarse as the group and the budget allow.
-    Latency is measured on this machine with onnxruntime's `provider` and `threads` (or by a `timer` of your own), and the
-    widths are those at which its kernels are fast.  Everything else is deterministic for a seed.
+    Sizes that the file leaves open are those of feeds or input_shapes, else of the first sample, else as small as the model runs on,
+    which is not enough for a latency.  Latency is measured on this machine with onnxruntime's `provider` and `threads` (or by a
+    `timer` of your own), and the widths are those at which its kernels are fast.  Everything else is deterministic for a seed.
     memory: bytes of weights to hold at once; a model with more of them in other files is read a tensor at a time and proven part by
     part, which calibration and compensation cannot do (if not given 512 MiB, with those 2 GiB).
 
@@ -200,8 +201,7 @@ def prune(
     check_ratio(ratio)
     check_budget(of)
     check_granularity(granularity)
-    given = calibration is not None and calibration != "none"
-    free = calibration == "none"
+    given, free = calibration not in (None, "none"), calibration == "none"
     criterion = criterion or ("obs" if given or free else "l2")
     allocation = allocation or ("global" if free else DISTORTION if given and criterion != PCA else "uniform")
     compensation = compensation or ("refine" if given else "merge" if free else "none")
@@ -216,69 +216,39 @@ def prune(
     if of == LATENCY and timer is None:
         check_device(provider, threads)
     whole = _takes_all(of, criterion, allocation, compensation, given or free, steps)
-    loaded = _load(model, feeds, input_shapes, progress, AT_ONCE if memory is None and whole else memory)
+    _say(progress, "reading the model")
+    file = read(model, memory if memory is not None else AT_ONCE if whole else IN_MEMORY)
     if whole:
-        loaded.external.need_memory(loaded.name, whole)
+        file.external.need_memory(file.name, whole)
+    sizes = sized(file.proto, feeds, input_shapes, [calibration], preprocess)
+    if of == LATENCY:
+        check_sized(file.proto, file.name, feeds, sizes)
+    loaded = _loaded(file, feeds, sizes)
     source = "none" if calibration is None else calibration
     data = read_calibration(source, loaded, preprocess=preprocess, limit=samples, seed=seed)
-    found = at_granularity(group(loaded, allow_io), granularity)
-    grouping, proof, bench = certified(found, feeds, seed, verify, progress)
+
+    def find(one: Model) -> Grouping:
+        return at_granularity(group(one, allow_io), granularity)
+
+    def prove(found: Grouping) -> tuple[Grouping, Proof | None, Bench | None]:
+        return certified(found, feeds, seed, verify, progress)
+
+    grouping, proof, bench = prove(find(loaded))
     _some(grouping)
-    idle = set(proof.unexercised) if proof else set()
-    stored: Stored | None = None
-    floats = unquantized(loaded.proto) if criterion != PCA and not loaded.external.places else None  # a copy takes all weights at once
-    if floats is not None:
-        inner = at_granularity(group(load(floats, feeds, loaded.input_shapes), allow_io), granularity)
-        numbers = counterparts(inner, grouping)
-        if numbers:  # choose and fit in floats; cut and prove what the file holds
-            stored = Stored(grouping, proof, bench, numbers)
-            idle = {i for i, own in numbers.items() if own in idle}
-            grouping, proof, bench = replace(inner, groups=tuple(g for g in inner.groups if g.id in numbers)), None, None
     study = Study(grouping, data, progress, turns=compensation in TURNING)
-    rotated: Rotated | None = None
-    if criterion == PCA:
-        rotated = rotate(grouping, study.batches(), bench, progress=progress)
-        if not rotated.scores:
-            reason = next(iter(rotated.skipped.values()), "it has no groups of channels")
-            raise OnnxPruneError(f"{loaded.name}: none of its streams can be turned into principal components ({reason}); try obs", 3)
-        turned = replace(load(rotated.model, feeds, loaded.input_shapes), name=loaded.name, external=loaded.external)
-        grouping, proof, bench = certified(at_granularity(group(turned, allow_io), granularity), feeds, seed, verify, progress)
-        study = replace(study, grouping=grouping, known=rotated.scores_in(grouping), finish=rotated.rescaled)
-    named = stored.grouping if stored else grouping  # globs speak of the file's own names
-    chosen, shares = may_go(named, scope, exclude, layer_ratios or {})
-    if stored:
-        chosen = {i for i, own in stored.numbers.items() if own in chosen}
-        shares = {i: shares[own] for i, own in stored.numbers.items() if own in shares}
-    idle = idle if stored else set(proof.unexercised) if proof else set()
-    if chosen and chosen <= idle:
-        raise OnnxPruneError(f"{loaded.name}: these inputs exercise none of its groups, so nothing is proven; give --feeds that do", 3)
-    chosen -= idle  # their coupling is not proven
-    shares = {g: share for g, share in shares.items() if g in chosen}
-    if not chosen:
-        raise OnnxPruneError(f"{loaded.name}: no group is left to prune; widen --scope or --exclude less", 3)
+    ground = lay(Ground(grouping, proof, bench, study), criterion, find, prove, feeds)
+    chosen, shares = ground.free(scope, exclude, layer_ratios or {})
     _say(progress, f"scoring {len(chosen)} groups")
-    rungs = ladder(named, align, target)
-    if stored:
-        rungs = [{i: steps[own] for i, own in stored.numbers.items() if own in steps} for steps in rungs]
-    limits = [Limits(min_keep, steps) for steps in rungs]
+    limits = ground.limits(min_keep, align, target)
     clock = timer or Stopwatch(_timed_on(loaded, feeds), provider, threads) if of == LATENCY else None
-    budget = learned(grouping, clock, seed, progress) if clock else of
+    budget = ground.measure(learned(ground.named, clock, seed, progress)) if clock else of
 
     def widths(scores: Scores, rule: str, losses: Losses, share: float) -> Choice:
-        return _choice(None, grouping, scores, {}, ratio * share, budget, rule, limits, shares, losses)
+        return _choice(None, ground.grouping, scores, {}, ratio * share, budget, rule, limits, shares, losses)
 
-    selection = select(grouping, chosen, criterion, allocation, seed, study, widths)
-    selection = in_steps(selection, grouping, seed, study, compensation, widths, steps)
-    scores = selection.scores
-    branches = [g for g in grouping.groups if g.id in chosen and g.branch is not None]
-    lost: dict[int, float] = {}
-    if branches:
-        _say(progress, f"choosing among {len(branches)} branches")
-        bench = bench or prepare(grouping, feeds, seed)
-        lost = {b.id: proof.influence[b.id] for b in branches if b.id in proof.influence} if proof else {}
-        lost |= influences(bench, [b for b in branches if b.id not in lost])
-        if criterion == "random":
-            lost = {b.id: float(np.random.default_rng([seed, b.id]).random()) for b in branches}
+    selection = select(ground.grouping, chosen, criterion, allocation, seed, ground.study, widths)
+    selection = in_steps(selection, ground.grouping, seed, ground.study, compensation, widths, steps)
+    lost, bench = _lost_without(ground, chosen, criterion, feeds, seed)
     options = {
         "ratio": ratio,
         "of": of,
@@ -301,35 +271,27 @@ def prune(
     if clock:
         options["device"] = dict(clock.device)
 
-    def removing(share: float) -> Choice:
-        return _choice(bench, grouping, scores, lost, share, budget, selection.allocation, limits, shares, selection.losses)
+    def choice_of(left: _Left) -> Choice:
+        def removing(share: float) -> Choice:
+            rule, losses = selection.allocation, selection.losses
+            return _choice(bench, left.grouping, left.scores, left.lost, share, budget, rule, limits, left.shares, losses)
 
-    failure: ProofError | None = None
-    for _ in range(ROUNDS):
-        choice = _landed(removing, ratio, loaded, grouping, study, clock, progress, stored) if clock else removing(ratio)
-        if not choice.remove:
-            break
-        made = Plan(grouping, choice.remove, options, choice.reached)
-        try:
-            result = _finish(made, proof, bench, abs(choice.reached - ratio) <= 0.01, progress)
-            result = replace(result, scores=scores, losses=selection.losses or {})
-            result = _compensated(result, study, compensation, bench)
-            if stored is not None:
-                result = _stored(result, stored, study)
-            result = _for_target(result, loaded, target)
-            return _timed(result, loaded, ratio, clock, progress) if clock else result
-        except ProofError as error:
-            failure = error
-        _say(progress, f"planning again without {len(failure.groups)} groups")
-        grouping, proof = _less(grouping, proof, failure.groups)
-        scores = {k: v for k, v in scores.items() if k not in failure.groups}
-        lost = {k: v for k, v in lost.items() if k not in failure.groups}
-        shares = {k: v for k, v in shares.items() if k not in failure.groups}
-        if not scores and not lost:
-            break
-    if failure is not None:
-        raise failure
-    if not scores:
+        return _landed(removing, ratio, loaded, left.grouping, ground, clock, progress) if clock else removing(ratio)
+
+    def made_by(choice: Choice, left: _Left) -> Result:
+        made = Plan(left.grouping, choice.remove, options, choice.reached)
+        result = _finish(made, left.proof, bench, abs(choice.reached - ratio) <= 0.01, progress)
+        result = replace(result, scores=left.scores, losses=selection.losses or {})
+        result = _compensated(result, ground.study, compensation, bench)
+        if ground.stored is not None:
+            result = _stored(result, ground.stored, ground.study)
+        result = _for_target(result, loaded, target)
+        return _timed(result, loaded, ratio, clock, progress) if clock else result
+
+    result = _first_right(_Left(ground.grouping, ground.proof, selection.scores, lost, shares), choice_of, made_by, progress)
+    if result is not None:
+        return result
+    if not selection.scores:
         raise OnnxPruneError(f"{loaded.name}: to cut none of its branches is closest to {ratio:.1%} of {of}; ask for more", 3)
     raise OnnxPruneError(f"{loaded.name}: nothing can go within --min-keep {min_keep:g} and the alignment; ask for less of them", 3)
 
@@ -372,7 +334,7 @@ def verify(
     if plan is not None:
         result, bench = _apply(model, plan, feeds, input_shapes, True, seed, progress, memory)
         if result.proof is None or bench is None:
-            raise OnnxPruneError("the model has no groups; there is nothing to prove", 3)
+            raise OnnxPruneError("the model has no groups, so there is nothing to prove; `onnxprune groups` says why", 3)
         if pruned is None:
             return result.proof
         return replace(
@@ -440,7 +402,11 @@ def _apply(
 
 def _load(model: Source, feeds: Arrays | None, input_shapes: Shapes | None, progress: Progress | None, memory: int | None) -> Model:
     _say(progress, "reading the model")
-    loaded = load(model, feeds, input_shapes, IN_MEMORY if memory is None else memory)
+    return _loaded(read(model, IN_MEMORY if memory is None else memory), feeds, input_shapes)
+
+
+def _loaded(file: File, feeds: Arrays | None, input_shapes: Shapes | None) -> Model:
+    loaded = load(file, feeds, input_shapes)
     for name, tensor in loaded.tensors.items():
         if tensor.data_location == TensorProto.EXTERNAL and name not in loaded.external.places:
             raise OnnxPruneError(f"{loaded.name}: tensor '{name}' stands in another file, which only a path tells; give the model's path")
@@ -472,6 +438,68 @@ def certified(
     if not verify or not grouping.groups:
         return grouping, None, None
     return certify(grouping, feeds, seed, progress=progress)
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What there is to choose from: groups and their proof, the scores of their units, what is lost without each branch, given shares."""
+
+    grouping: Grouping
+    proof: Proof | None
+    scores: Scores
+    lost: Mapping[int, float]
+    shares: Mapping[int, float]
+
+    def without(self, wrong: Mapping[int, str]) -> _Left:
+        """Without the groups whose removal fails the proof."""
+        proof = self.proof
+        if proof is not None:
+            proven, unchecked = (tuple(i for i in ids if i not in wrong) for ids in (proof.proven, proof.unchecked))
+            proof = replace(proof, frozen={**proof.frozen, **wrong}, proven=proven, unchecked=unchecked)
+        scores = {i: units for i, units in self.scores.items() if i not in wrong}
+        lost, shares = ({i: n for i, n in named.items() if i not in wrong} for named in (self.lost, self.shares))
+        return _Left(without(self.grouping, wrong), proof, scores, lost, shares)
+
+
+def _first_right(
+    left: _Left, choice_of: Callable[[_Left], Choice], made_by: Callable[[Choice, _Left], Result], progress: Progress | None
+) -> Result | None:
+    """The first result that passes its proof, planned again without the groups that fail it; None where nothing can go.
+
+    Raises ProofError where none does.
+    """
+    failure: ProofError | None = None
+    for _ in range(ROUNDS):
+        choice = choice_of(left)
+        if not choice.remove:
+            break
+        try:
+            return made_by(choice, left)
+        except ProofError as error:
+            failure = error
+        _say(progress, f"planning again without {len(failure.groups)} groups")
+        left = left.without(failure.groups)
+        if not left.scores and not left.lost:
+            break
+    if failure is not None:
+        raise failure
+    return None
+
+
+def _lost_without(
+    ground: Ground, chosen: Collection[int], criterion: str, feeds: Arrays | None, seed: int
+) -> tuple[dict[int, float], Bench | None]:
+    """How much the outputs change without each of the chosen residual branches, and what they were run on, if they were."""
+    branches = [g for g in ground.grouping.groups if g.id in chosen and g.branch is not None]
+    if not branches:
+        return {}, ground.bench
+    _say(ground.study.progress, f"choosing among {len(branches)} branches")
+    bench = ground.bench or prepare(ground.grouping, feeds, seed)
+    lost = {b.id: ground.proof.influence[b.id] for b in branches if b.id in ground.proof.influence} if ground.proof else {}
+    lost |= influences(bench, [b for b in branches if b.id not in lost])
+    if criterion == "random":
+        lost = {b.id: float(np.random.default_rng([seed, b.id]).random()) for b in branches}
+    return lost, bench
 
 
 def _choice(
@@ -512,17 +540,17 @@ def _landed(
     ratio: float,
     loaded: Model,
     grouping: Grouping,
-    study: Study,
+    ground: Ground,
     timer: Timer,
     progress: Progress | None,
-    stored: Stored | None,
 ) -> Choice:
     """The choice whose measured latency is nearest to what is asked."""
 
     def made(choice: Choice) -> ModelProto:
+        stored = ground.stored
         if stored is not None:  # kernels of integers are timed, as in the original
             return rewrite(stored.grouping, {stored.numbers[i]: units for i, units in choice.remove.items()})
-        return study.finish(rewrite(grouping, choice.remove))
+        return ground.study.finish(rewrite(grouping, choice.remove))
 
     found = land(loaded.proto, ratio, removing, made, timer, progress)
     return replace(found.choice, reached=1 - found.seconds[1] / found.seconds[0]) if found else Choice({}, 0.0)
@@ -533,14 +561,6 @@ def _timed(result: Result, loaded: Model, ratio: float, timer: Timer, progress: 
     _say(progress, "timing the result")
     before, after = timer.latencies([loaded.proto, result.model])
     return replace(result, latency=(before, after), reached=1 - after / before, on_budget=met((before, after), ratio))
-
-
-def _less(grouping: Grouping, proof: Proof | None, wrong: Mapping[int, str]) -> tuple[Grouping, Proof | None]:
-    """Without the groups whose removal fails the proof."""
-    if proof is not None:
-        proven, unchecked = (tuple(i for i in ids if i not in wrong) for ids in (proof.proven, proof.unchecked))
-        proof = replace(proof, frozen={**proof.frozen, **wrong}, proven=proven, unchecked=unchecked)
-    return without(grouping, wrong), proof
 
 
 def _some(grouping: Grouping) -> None:
@@ -561,14 +581,14 @@ def why_not(grouping: Grouping) -> str:
 
 
 def _compensated(result: Result, study: Study, name: str, bench: Bench | None) -> Result:
-    """The result with its weights compensated, where that is asked for; checked again, as numbers are new."""
-    result = replace(result, model=study.finish(result.model))
-    if name == "none":
-        return result
-    model, refits = compensations.get(name)(study.on(result.plan.grouping), result.plan, result.model)
-    if bench is not None:
+    """The result finished, and with its weights compensated where that is asked for; checked again where numbers are new."""
+    cut, result = result.model, replace(result, model=study.finish(result.model))
+    model, refits = result.model, list[Refit]()
+    if name != "none":
+        model, refits = compensations.get(name)(study.on(result.plan.grouping), result.plan, result.model)
+    if bench is not None and (name != "none" or model is not cut):
         check_model(bench, model, Moves(result.plan.grouping, after=result.plan.remove))
-    if not study.samples.count:
+    if name == "none" or not study.samples.count:
         return replace(result, model=model)
     _say(study.progress, "comparing with the original")
     original = result.plan.grouping.model.proto

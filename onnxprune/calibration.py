@@ -6,41 +6,26 @@ Names and shapes are checked before any work is done; the numbers of folders are
 from __future__ import annotations
 
 import os
-import tempfile
-import zipfile
-from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from onnx import ModelProto
 
-from onnxprune.errors import OnnxPruneError
-from onnxprune.images import (
-    SUFFIXES,
-    Frame,
-    Preprocess,
-    check_channels,
-    check_pictures,
-    frame,
-    read_image,
-    read_preprocess,
-    scaled,
-    turn,
-    turned,
-)
+from onnxprune.errors import OnnxPruneError, OnnxPruneWarning
+from onnxprune.images import check_pictures, read_preprocess
 from onnxprune.importer import Model
-from onnxprune.inputs import Input, Inputs, Layout, Shape, fitted, inputs_of
+from onnxprune.inputs import Inputs, Shape, inputs_of
 from onnxprune.noise import Noise
-from onnxprune.samples import Arrays, Feeds, Piece, Samples, Source, spread
-from onnxprune.userfunctions import is_function, said, user_function
+from onnxprune.samples import Arrays, Piece, Samples, Source, spread
+from onnxprune.sources import Made, Pictures, Reader, checked, folder_of, held, kept, listed, read_file, shapes_in, yielded
+from onnxprune.userfunctions import is_function, user_function
 
 __all__ = ["Samples", "read_calibration"]
 
-MOST = 65536  # samples of a function, which may not end
-_WRITERS = {".npz": "savez", ".npy": "save"}
+BATCH = 2  # samples at which a model's sizes are taken where it takes any number
 
 
 def read_calibration(
@@ -67,17 +52,17 @@ def read_calibration(
         raise OnnxPruneError(f"the number of samples is {limit}; it is 1 at least")
     prepared = read_preprocess(preprocess)
     if source == "none":
-        return Samples(0, "none", None, _held([]), np.zeros(0, np.int64))
+        return Samples(0, "none", None, held([]), np.zeros(0, np.int64))
     reader = Reader(inputs_of(model.proto), prepared)
     found: Source
     if isinstance(source, Mapping):
-        name, found = "the samples", _held([reader.piece(source, "the samples")])
+        name, found = "the samples", held([_whole(reader, source, "the samples")])
     elif isinstance(source, str | os.PathLike):
         name = os.fspath(source)
         found = _named(name, model, reader, limit, seed)
     else:
         name = getattr(source, "__name__", "the function")
-        found = _kept(source, name, reader, limit)
+        found = kept(source, name, reader, limit)
     if not len(found):
         raise OnnxPruneError(f"{name}: has no samples")
     chosen = spread(len(found), len(found) if limit is None else limit, seed)
@@ -87,292 +72,77 @@ def read_calibration(
     return Samples(len(chosen), name, at_once, found, chosen)
 
 
+def first_sizes(
+    source: str | os.PathLike[str] | Arrays | Callable[[], Any],
+    proto: ModelProto,
+    preprocess: str | Mapping[str, Any] | None = None,
+) -> dict[str, Shape]:
+    """{input: shape} of the first sample of a source, or of BATCH such where the model takes any number; {} of noise and none.
+
+    Raises OnnxPruneError where the source is missing, empty, or does not fit the model.
+    """
+    if source in ("noise", "none"):
+        return {}
+    reader = Reader(inputs_of(proto), read_preprocess(preprocess))
+    where, arrays = os.fspath(source) if isinstance(source, str | os.PathLike) else "the samples", source
+    if isinstance(arrays, str | os.PathLike) and is_function(where):
+        arrays = user_function(where)
+    if isinstance(arrays, str | os.PathLike):
+        shapes = _first_shapes(Path(arrays), reader)
+    else:
+        feed = arrays if isinstance(arrays, Mapping) else next(yielded(arrays, where), None)
+        if not isinstance(feed, Mapping):  # what is wrong is said when the samples are read
+            return {}
+        shapes = {str(name): np.shape(array) for name, array in feed.items()}
+    shapes = reader.held(shapes)
+    layout = reader.inputs.layout(shapes, where)
+    sizes = {entry.name: shapes[entry.name] for entry in reader.inputs.all if entry.name in shapes}
+    for name, axis in layout.axes.items():
+        rest = shapes[name][axis if layout.bare else axis + 1 :]
+        sizes[name] = (*shapes[name][:axis], reader.inputs.batch or BATCH, *rest)
+    return sizes
+
+
+def _first_shapes(path: Path, reader: Reader) -> dict[str, Shape]:
+    """Of the arrays, before any preprocess, of a file or of the first file in a folder."""
+    if not path.is_dir():
+        return shapes_in(checked(path), reader.inputs)
+    arrays, images = listed(path)
+    if arrays:
+        return shapes_in(arrays[0], reader.inputs)
+    first = Pictures(images, *check_pictures(path, reader.inputs, reader.preprocess))(0)
+    return {name: array.shape for name, array in first.arrays.items()}
+
+
 def _named(name: str, model: Model, reader: Reader, limit: int | None, seed: int) -> Source:
     path = Path(name)
     if name == "noise":
         reader.check_preprocess(model.input_shapes, "noise")
         noise = Noise(model, reader.inputs, reader.preprocess, seed)
-        return _Made(noise, limit or noise.count)
+        return Made(noise, limit or noise.count)
     if is_function(name):
-        return _kept(user_function(name), name, reader, limit)
+        return kept(user_function(name), name, reader, limit)
     if path.is_dir():
-        return _folder(path, reader)
-    if not path.is_file():
-        raise OnnxPruneError(f"{name}: no such file; give an .npz, a folder, module:function, noise or none")
-    if path.suffix.lower() in SUFFIXES:
-        raise OnnxPruneError(f"{name}: is one image; give the folder that it is in")
-    return _held([reader.piece(_read(path, reader), name)])
+        return folder_of(path, reader)
+    return held([_whole(reader, read_file(checked(path), reader), name)])
+
+
+def _whole(reader: Reader, arrays: Arrays, where: str) -> Piece:
+    """A source that is one piece; a warning where it is one sample without an axis of samples."""
+    piece = reader.piece(arrays, where)
+    if piece.layout.bare:
+        name, axis = next(iter(piece.layout.axes.items()))
+        shape = list(piece.arrays[name].shape)
+        taken = [*shape[:axis], 1, *shape[axis:]]
+        warnings.warn(
+            f"{where}: '{name}' {shape} lacks the axis that counts samples: taken as one sample, {taken}; stack several along it",
+            OnnxPruneWarning,
+            stacklevel=3,
+        )
+    return piece
 
 
 def samples_of(arrays: Arrays, inputs: Inputs, where: str) -> Samples:
     """Samples from arrays in memory; raises OnnxPruneError, with `where` they are, if they do not fit."""
-    piece = Reader(inputs, None).piece(arrays, where)
-    return Samples(piece.layout.count, where, inputs.batch, _held([piece]), np.arange(piece.layout.count))
-
-
-@dataclass(frozen=True)
-class Reader:
-    """The user's arrays as what the model takes."""
-
-    inputs: Inputs
-    preprocess: Preprocess | None
-
-    def views(self) -> dict[str, Frame]:
-        """The inputs that the preprocess is for."""
-        if self.preprocess is None:
-            return {}
-        found = ((i.name, frame(i, self.preprocess)) for i in self.inputs.all if i.real)
-        return {name: view for name, view in found if view is not None}
-
-    def check_preprocess(self, shapes: Mapping[str, Shape], where: str) -> None:
-        if self.preprocess is None:
-            return
-        views = self.views()
-        if not views:
-            raise OnnxPruneError(f"{where}: --preprocess is for inputs that hold images; the model takes {self.inputs}")
-        for view in views.values():
-            check_channels(view, self.preprocess, where)
-        size = self.preprocess.size
-        for name in views.keys() & shapes.keys() if size else ():
-            found = shapes[name][-2:] if views[name].first else shapes[name][-3:-1]
-            if found != size:
-                raise OnnxPruneError(
-                    f"{where}: '{name}' has pictures of {list(found)}, not of the size in --preprocess; arrays stay as they are"
-                )
-
-    def layout(self, shapes: Mapping[str, Shape], where: str) -> Layout:
-        """How arrays of these shapes make samples; raises OnnxPruneError where they do not fit."""
-        views = self.views()
-        held = {n: turned(s, views[n]) if n in views else s for n, s in shapes.items()}
-        self.check_preprocess(held, where)
-        return self.inputs.layout(held, where)
-
-    def piece(self, arrays: Arrays, where: str) -> Piece:
-        """The arrays in the model's types, with the preprocess; raises OnnxPruneError where they do not fit."""
-        arrays = {name: np.asarray(array) for name, array in arrays.items()}
-        layout = self.layout({name: array.shape for name, array in arrays.items()}, where)
-        views, found = self.views(), {}
-        for entry in self.inputs.all:
-            if entry.name not in arrays:
-                continue
-            array = arrays[entry.name]
-            if entry.name in views and self.preprocess is not None:
-                if array.dtype.kind not in "iu":
-                    raise OnnxPruneError(
-                        f"{where}: '{entry.name}' is {array.dtype}, and --preprocess is for pixels, integers 0 to 255;"
-                        " give those, or leave it out where the numbers are the model's already"
-                    )
-                pixels = fitted(replace(entry, dtype=np.dtype(np.float32)), array, where)
-                array = scaled(turn(pixels, views[entry.name]), views[entry.name], self.preprocess)
-            found[entry.name] = fitted(entry, array, where)
-        extras = {name: array for name, array in arrays.items() if name not in found}
-        return Piece(found, extras, layout, where)
-
-
-def _read(path: Path, reader: Reader) -> Feeds:
-    """The arrays of a file; what cannot be read is left out where it is no input's."""
-    try:
-        content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            return {_only(path, reader.inputs): content}
-        found = {}
-        with content:
-            for name in content.files:
-                try:
-                    found[name] = content[name]
-                except ValueError:  # Python objects
-                    if any(name == i.name for i in reader.inputs.all):
-                        raise
-        return found
-    except OnnxPruneError:
-        raise
-    except Exception as error:  # numpy and zipfile raise of every kind on bad files
-        raise OnnxPruneError(f"{path}: {_unreadable(path)}") from error
-
-
-def _shapes(path: Path, inputs: Inputs) -> dict[str, Shape]:
-    """The shapes of a file's arrays, from their headers."""
-    try:
-        if path.suffix.lower() == ".npy":
-            return {_only(path, inputs): np.load(path, mmap_mode="r", allow_pickle=False).shape}
-        found = {}
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.namelist():
-                with archive.open(entry) as file:
-                    version = np.lib.format.read_magic(file)
-                    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                    found[entry.removesuffix(".npy")] = read(file)[0]
-        return found
-    except OnnxPruneError:
-        raise
-    except Exception as error:
-        raise OnnxPruneError(f"{path}: {_unreadable(path)}") from error
-
-
-def _unreadable(path: Path) -> str:
-    return f"not an .npz or .npy of numbers, or cut short; write it with numpy.{_WRITERS.get(path.suffix.lower(), 'savez')}"
-
-
-def _only(path: Path, inputs: Inputs) -> str:
-    """The one input that an array without a name is for."""
-    if len(inputs.needed) != 1:
-        raise OnnxPruneError(f"{path}: is one array, and the model takes {inputs}; write an .npz with these names")
-    return inputs.needed[0].name
-
-
-# --- sources ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Pieces:
-    """Pieces end to end, in memory or opened one at a time; ends: how many samples there are up to the end of each."""
-
-    ends: Sequence[int]
-    open: Callable[[int], Piece]
-    last: dict[int, Piece] = field(default_factory=dict)  # the one that was opened last
-
-    def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
-
-    def find(self, number: int) -> tuple[Piece, int]:
-        place = bisect_right(self.ends, number)
-        piece = self.last.get(place)
-        if piece is None:
-            piece = self.open(place)
-            self.last.clear()
-            self.last[place] = piece
-        return piece, number - (self.ends[place - 1] if place else 0)
-
-
-def _held(pieces: Sequence[Piece]) -> _Pieces:
-    return _Pieces(list(accumulate(p.layout.count for p in pieces)), pieces.__getitem__)
-
-
-@dataclass(frozen=True)
-class _Files:
-    """Opens the files of a folder; folder: a temporary one lives as long as this."""
-
-    paths: Sequence[Path]
-    reader: Reader
-    folder: Any = None
-
-    def __call__(self, place: int) -> Piece:
-        path = self.paths[place]
-        return self.reader.piece(_read(path, self.reader), str(path))
-
-
-@dataclass(frozen=True)
-class _Pictures:
-    """Opens the pictures of a folder."""
-
-    paths: Sequence[Path]
-    entry: Input
-    view: Frame
-    preprocess: Preprocess
-
-    def __call__(self, place: int) -> Piece:
-        path = self.paths[place]
-        values = read_image(path, self.entry, self.view, self.preprocess)
-        return Piece({self.entry.name: fitted(self.entry, values, str(path))}, {}, Layout({self.entry.name: 0}, 1), str(path))
-
-
-@dataclass(frozen=True)
-class _Made:
-    """Noise; count: of its samples."""
-
-    noise: Noise
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def find(self, number: int) -> tuple[Piece, int]:
-        feeds = self.noise.feed(number)
-        layout = self.noise.inputs.layout({name: array.shape for name, array in feeds.items()}, "noise")
-        return Piece(feeds, {}, layout, "noise"), 0
-
-
-def _folder(folder: Path, reader: Reader) -> Source:
-    visible = sorted(p for p in folder.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    arrays = [p for p in visible if p.suffix.lower() in _WRITERS]
-    images = [p for p in visible if p.suffix.lower() in SUFFIXES]
-    if arrays and images:
-        raise OnnxPruneError(f"{folder}: holds both arrays ({arrays[0].name}) and images ({images[0].name}); keep them in two folders")
-    if not arrays and not images:
-        raise OnnxPruneError(f"{folder}: holds no .npz, no .npy and no images")
-    if images:
-        return _Pieces(range(1, len(images) + 1), _Pictures(images, *check_pictures(folder, reader.inputs, reader.preprocess)))
-    counts = [reader.layout(_shapes(path, reader.inputs), str(path)).count for path in arrays]
-    return _Pieces(list(accumulate(counts)), _Files(arrays, reader))
-
-
-def _kept(function: Callable[[], Any], name: str, reader: Reader, limit: int | None) -> Source:
-    """What a function yields, kept in a temporary folder: called again it might yield other samples, and they need not fit in memory."""
-    folder = tempfile.TemporaryDirectory(prefix="onnxprune-")
-    paths: list[Path] = []
-    ends = [0]
-    plain = replace(reader, preprocess=None)
-    try:
-        for feeds in _yielded(function, name):
-            where = f"{name}, feed {len(paths)}"
-            if not isinstance(feeds, Mapping):
-                raise OnnxPruneError(f"{where}: is a {type(feeds).__name__}; it must be a mapping of input names to arrays")
-            piece = reader.piece(_arrays(feeds, where), where)
-            paths.append(Path(folder.name) / f"{len(paths)}.npz")
-            _write(paths[-1], {**{n: a for n, a in piece.extras.items() if a.dtype != object}, **piece.arrays})
-            ends.append(ends[-1] + piece.layout.count)
-            if ends[-1] >= (limit or MOST + 1):
-                break
-    except OSError as error:
-        raise OnnxPruneError(f"{name}: its samples do not fit on the disk ({error.strerror}); take fewer") from error
-    if limit is None and ends[-1] > MOST:
-        raise OnnxPruneError(f"{name}: yields more than {MOST} samples; let it end, or limit them (--samples, for calibration)")
-    found = _Pieces(ends[1:], _Files(paths, plain, folder))
-    return found if limit is None else _First(found, min(limit, ends[-1]))
-
-
-@dataclass(frozen=True)
-class _First:
-    """The first samples of a source."""
-
-    source: Source
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def find(self, number: int) -> tuple[Piece, int]:
-        return self.source.find(number)
-
-
-def _yielded(function: Callable[[], Any], name: str) -> Any:
-    """What a function of the user's yields, its exceptions in one line."""
-    try:
-        found = function()
-        feeds = iter([found] if isinstance(found, Mapping) else found)
-    except Exception as error:
-        raise OnnxPruneError(f"{name}: cannot be called for samples ({said(error)}); it takes no argument and yields feeds") from error
-    while True:
-        try:
-            feed = next(feeds)
-        except StopIteration:
-            return
-        except Exception as error:
-            raise OnnxPruneError(f"{name}: fails ({said(error)})") from error
-        yield feed
-
-
-def _write(path: Path, arrays: Arrays) -> None:
-    """An .npz; savez does not take every name."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                plain = array.astype(np.float32) if array.dtype.kind == "V" else array  # bfloat16
-                np.lib.format.write_array(file, np.asarray(plain), allow_pickle=False)
-
-
-def _arrays(feeds: Mapping[Any, Any], where: str) -> Feeds:
-    try:
-        return {str(name): np.asarray(array) for name, array in feeds.items()}
-    except Exception as error:
-        raise OnnxPruneError(f"{where}: holds what is no array ({said(error)})") from error
+    piece = _whole(Reader(inputs, None), arrays, where)
+    return Samples(piece.layout.count, where, inputs.batch, held([piece]), np.arange(piece.layout.count))

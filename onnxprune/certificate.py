@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,8 +23,9 @@ from onnxprune.importer import FLOATS, Model
 from onnxprune.moves import Moves, permuted
 from onnxprune.parts import Parts
 from onnxprune.rewriter import Widths
-from onnxprune.running import LEAST, MOST, Arrays, Lazy, Runner, Runs, distance, jittered, some, widened
+from onnxprune.running import LEAST, LOADING, MOST, Arrays, Lazy, Runner, Runs, distance, jittered, some, widened
 from onnxprune.shapes import seeded_feeds
+from onnxprune.traced import other_sizes
 
 Progress = Callable[[str], None]
 SHARE = 8  # of the memory for weights, one part of a model that runs in parts: a part is held as it was, permuted and masked
@@ -40,7 +41,7 @@ class Proof:
     commuting, masked: gaps of the pruned model, None where there was nothing to compare; statistics: groups that lose units
     and change a mean, variance, maximum or softmax, for which masking does not apply.  matches: how far a given model is
     from what the plan leaves; infinite where its weights were trained on.  influence: {id of a residual branch: how much the
-    outputs change without it, see `equivalence.influences`}.
+    outputs change without it, see `equivalence.influences`}.  pinned: axes that the file leaves open and that take one size alone.
     """
 
     rounding: float
@@ -55,6 +56,7 @@ class Proof:
     statistics: tuple[int, ...] = ()
     matches: float | None = None
     influence: Mapping[int, float] = field(default_factory=dict)
+    pinned: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {k: (list(v) if isinstance(v, tuple) else v) for k, v in vars(self).items()}
@@ -105,17 +107,14 @@ class Bench:
 def prepare(grouping: Grouping, feeds: Arrays | None = None, seed: int = 0) -> Bench:
     """Run the original, on the feeds or on seeded inputs of the scale at which rounding matters least.
 
-    Raises OnnxPruneError where onnxruntime cannot (exit code 4; 2 on given feeds).
+    Raises OnnxPruneError where onnxruntime cannot, which says nothing of the pruning (exit code 2).
     """
     model = grouping.model
     names = sorted({m.tensor for g in grouping.groups for m in g.members})
     ready = runner(model, names)
     arrays: Arrays = Lazy(names, model.array) if model.external.places else {name: model.array(name) for name in names}
     if feeds is not None:
-        try:
-            return _bench(grouping, ready, feeds, arrays, seed)
-        except OnnxPruneError as error:
-            raise OnnxPruneError(str(error), 2) from error
+        return _bench(grouping, ready, feeds, arrays, seed)
     seeded = seeded_feeds(model.proto, model.input_shapes, seed)
     best = _bench(grouping, ready, seeded, arrays, seed)
     for scale in _SCALES:  # outputs that normal inputs drive into saturation are all rounding
@@ -155,43 +154,16 @@ def _bench(grouping: Grouping, ready: Runs, feeds: Arrays, arrays: Arrays, seed:
         reference = ready.run(feeds)
     except OnnxPruneError as error:
         shapes = ", ".join(f"{k} {list(np.shape(v))}" for k, v in feeds.items())
-        raise OnnxPruneError(f"{model.name}: {error}; with {shapes}; give --feeds or --input-shape", error.exit_code) from error
+        if LOADING in str(error):
+            remedy = "the proof runs the model; mend the file, or leave the proof out with --no-verify"
+        else:
+            remedy = f"these are inputs of {shapes}; give such that it takes with --feeds, or their sizes with --input-shape"
+        raise OnnxPruneError(f"{model.name}: {error}; {remedy}", 2) from error
     bench = Bench(model, ready, feeds, arrays, reference, 0.0)
     rng = np.random.default_rng([seed, 1])
     still = Moves(grouping)
     rounding = max(bench.gap(jittered(arrays, rng), still) for _ in range(2)) if arrays else 0.0
     return replace(bench, rounding=rounding if np.isfinite(rounding) else MOST)
-
-
-def _other_sizes(bench: Bench, seed: int) -> Arrays | None:
-    """Inputs of other sizes, where the file leaves sizes open and the model runs on them."""
-    declared = {v.name: v.type.tensor_type.shape.dim for v in bench.model.proto.graph.input if v.name in bench.feeds}
-    for step in (1, 32):
-        names: dict[str, int] = {}
-        shapes = {}
-        for name, dims in declared.items():
-            given = np.shape(bench.feeds[name])
-            for i, dim in enumerate(dims):
-                if not dim.dim_value:  # one symbol is one size
-                    names.setdefault(dim.dim_param or f"{name}:{i}", given[i] + (1 if i == 0 else step))
-            open_ = {i: names[d.dim_param or f"{name}:{i}"] for i, d in enumerate(dims) if not d.dim_value}
-            shapes[name] = tuple(open_.get(i, size) for i, size in enumerate(given))
-        if all(shapes[name] == np.shape(bench.feeds[name]) for name in shapes):
-            return None
-        other = {k: _resized(np.asarray(v), shapes[k], seed) if k in shapes else v for k, v in bench.feeds.items()}
-        try:
-            bench.runner.run(other)
-        except OnnxPruneError:
-            continue
-        return other
-    return None
-
-
-def _resized(array: np.ndarray, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Values of the array, drawn into another shape."""
-    if array.shape == shape or not array.size:
-        return array
-    return np.random.default_rng(seed).choice(array.ravel(), shape)
 
 
 def behind_integers(model: Model) -> list[str]:
@@ -232,7 +204,8 @@ def certify(
         failed |= wrong
         groups = [g for g in groups if g.id not in failed]
         worst = max(worst, gap)
-    bench = replace(bench, elsewhere=_other_sizes(bench, seed))
+    elsewhere, pinned = other_sizes(grouping.model.proto.graph.input, bench.feeds, bench.runner.run, seed)
+    bench = replace(bench, elsewhere=elsewhere)
     if bench.elsewhere is not None and groups:  # sizes that agree by chance do so at one size only
         there = replace(bench, feeds=bench.elsewhere, reference=bench.runner.run(bench.elsewhere), rounding=2 * bench.rounding)
         _, wrong = _search(there, groups, partial(_permuted_gap, there, grouping, seed + 1), say)
@@ -253,7 +226,7 @@ def certify(
     open_ += tuple(b.id for b in blocks if b.id not in influence)
     names = {m.tensor for g in (*groups, *blocks) for m in g.members}
     bench = replace(bench, arrays=some(bench.arrays, names))
-    proof = Proof(bench.rounding, bench.tolerance, worst, proven, idle, open_, failed, influence=influence)
+    proof = Proof(bench.rounding, bench.tolerance, worst, proven, idle, open_, failed, influence=influence, pinned=tuple(pinned))
     return certified, proof, bench
 
 
@@ -328,10 +301,12 @@ def _weight(model: Model, group: Group) -> int:
     return sum(math.prod(model.tensors[m.tensor].dims) for m in group.members)
 
 
-def _wrongly_permuted(bench: Bench, group: Group, seed: int) -> list[Arrays]:
-    """Permutations of one group with one member left out, the largest weights first; noise where there is but one member."""
+def _wrongly_permuted(bench: Bench, group: Group, seed: int) -> Iterator[Arrays]:
+    """Permutations of one group with one member left out, the largest weights first, integers after floats (whose units may be equal).
+
+    Noise where there is but one member.
+    """
     tensors = bench.model.tensors
-    weights = [m for m in group.members if tensors[m.tensor].data_type in FLOATS] or list(group.members)
     if len(group.members) < 2:
         member = group.members[0]
         array = widened(bench.arrays[member.tensor])
@@ -339,6 +314,11 @@ def _wrongly_permuted(bench: Bench, group: Group, seed: int) -> list[Arrays]:
         there: list[Any] = [slice(None)] * array.ndim
         there[member.axis] = member.indices.ravel()
         noise[tuple(there)] = np.random.default_rng(seed).standard_normal(noise[tuple(there)].shape) * (array.std() + 1e-3)
-        return [{member.tensor: (array + noise).astype(array.dtype)}] if array.dtype.kind == "f" else []
-    weights.sort(key=lambda m: -math.prod(tensors[m.tensor].dims))
-    return [permuted(bench.arrays, [group], seed, omit=one) for one in weights[:3]]
+        if array.dtype.kind == "f":
+            yield {member.tensor: (array + noise).astype(array.dtype)}
+        return
+    floats = [m for m in group.members if tensors[m.tensor].data_type in FLOATS]
+    others = [m for m in group.members if tensors[m.tensor].data_type not in FLOATS]
+    for part in (floats, others):
+        for one in sorted(part, key=lambda m: -math.prod(tensors[m.tensor].dims))[:3]:
+            yield permuted(bench.arrays, [group], seed, omit=one)

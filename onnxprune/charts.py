@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from onnxprune.markup import Cell, Section, chart, code, element, join, table
+from onnxprune.markup import Cell, Html, Section, chart, code, element, join, table
 
 BINS = 30
 WIDE = 50.0  # times that the largest score is the smallest, from which on scores are drawn logarithmically
@@ -19,10 +19,15 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """points: {a group's label: ((share of its units removed, change), …), rising shares}; measure: what the change is."""
+    """points: {a group's label: ((share of its units removed, change), …), rising shares}; measure: what the change is.
+
+    qualities: the same for a quality that was measured too, such as accuracy; quality: what it is.
+    """
 
     points: Mapping[str, Sequence[tuple[float, float]]]
     measure: str = "change of the outputs"
+    qualities: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    quality: str = "accuracy"
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class SweepPoint:
     """One pruned model.  label: what it has in common with others (a criterion); value: its quality, more is better.
 
     ratio: what was asked, None of the original; macs, parameters, latency_s: what it costs, None where that was not measured;
-    pareto: whether no other is better and cheaper.
+    pareto: whether no other is better and cheaper, or of which costs (names of these fields) that holds.
     """
 
     label: str
@@ -39,7 +44,7 @@ class SweepPoint:
     macs: float | None = None
     parameters: float | None = None
     latency_s: float | None = None
-    pareto: bool = False
+    pareto: bool | Sequence[str] = False
 
 
 @dataclass(frozen=True)
@@ -129,30 +134,41 @@ def _distribution(group: int, label: str, values: np.ndarray, removed: np.ndarra
 
 def sensitivity_section(found: Sensitivity, charts: dict[str, Any]) -> Section:
     """What each group alone costs the outputs, over the share of its units that goes; `charts` gets what is drawn."""
-    charts["sensitivity"] = {
-        "measure": found.measure,
-        "series": [{"label": label, "points": [list(map(float, point)) for point in points]} for label, points in found.points.items()],
-    }
-    ratios = sorted({round(float(ratio), 2) for points in found.points.values() for ratio, _ in points if ratio > 0})
-    rows: list[list[object]] = []
-    for label, points in found.points.items():
-        changes = {round(float(ratio), 2): float(change) for ratio, change in points}
-        rows.append([code(label), *(Cell(f"{changes[r]:.3g}", changes[r]) if r in changes else "–" for r in ratios)])
-    columns = ("Group", *(f"{ratio:.0%}" for ratio in ratios))
-    numbers = table(
-        f"{found.measure}, by share of a group's units removed", columns, rows, id="sensitivity-table", kinds=" " + "n" * len(ratios)
-    )
+    charts["sensitivity"] = {"measure": found.measure, "series": _series(found.points)}
+    numbers = [_by_ratio(found.points, found.measure, "sensitivity-table", "{:.3g}")]
     choices = [element("option", label, value=label) for label in found.points]
-    select = element("select", element("option", "all", value=""), *choices, data_for="sensitivity")
-    log = element("label", element("input", type="checkbox", data_log="sensitivity"), "logarithmic")
+    controls = [element("label", "Show ", element("select", element("option", "all", value=""), *choices, data_for="sensitivity"))]
+    measures = found.measure
+    if found.qualities:
+        charts["sensitivity"]["quality"] = {"measure": found.quality, "series": _series(found.qualities)}
+        numbers.append(_by_ratio(found.qualities, found.quality, "sensitivity-quality-table", "{:.4g}"))
+        both = [element("option", name, value=value) for name, value in ((found.measure, ""), (found.quality, "quality"))]
+        controls.append(element("label", "Of ", element("select", *both, data_for="sensitivity-measure")))
+        measures += f" or {found.quality}"
+    controls.append(element("label", element("input", type="checkbox", data_log="sensitivity"), "logarithmic"))
     shown = chart(
         "sensitivity",
-        f"{found.measure}, for each group alone, over the share of its units that is removed: a line a group",
+        f"{measures}, for each group alone, over the share of its units that is removed: a line a group",
         "A line a group, which alone loses units; steep lines are sensitive groups.",
-        numbers,
-        element("div", element("label", "Show ", select), log, class_="controls"),
+        join(numbers),
+        element("div", *controls, class_="controls"),
     )
     return Section("sensitivity", "Sensitivity", shown)
+
+
+def _series(points: Mapping[str, Sequence[tuple[float, float]]]) -> list[dict[str, Any]]:
+    return [{"label": label, "points": [list(map(float, point)) for point in line]} for label, line in points.items()]
+
+
+def _by_ratio(points: Mapping[str, Sequence[tuple[float, float]]], measure: str, id: str, form: str) -> Html:
+    """A row a group, a column a share of its units."""
+    ratios = sorted({round(float(ratio), 2) for line in points.values() for ratio, _ in line if ratio > 0})
+    rows: list[list[object]] = []
+    for label, line in points.items():
+        values = {round(float(ratio), 2): float(value) for ratio, value in line}
+        rows.append([code(label), *(Cell(form.format(values[r]), values[r]) if r in values else "–" for r in ratios)])
+    columns = ("Group", *(f"{ratio:.0%}" for ratio in ratios))
+    return table(f"{measure}, by share of a group's units removed", columns, rows, id=id, kinds=" " + "n" * len(ratios))
 
 
 def sweep_section(sweep: Sweep, charts: dict[str, Any]) -> Section:
@@ -161,14 +177,14 @@ def sweep_section(sweep: Sweep, charts: dict[str, Any]) -> Section:
     charts["sweep"] = {
         "measure": sweep.measure,
         "axes": [dict(zip(("key", "title", "scale"), cost, strict=True)) for cost in costs],
-        "points": [vars(p) for p in sweep.points],
+        "points": [{**vars(p), "pareto": _pareto(p, costs)} for p in sweep.points],
     }
     rows: list[list[object]] = []
     for point in sweep.points:
         values = [(getattr(point, key), scale) for key, _, scale in costs]
         cells = ["–" if v is None else Cell(f"{v * scale:.4g}", v) for v, scale in values]
         ratio = "–" if point.ratio is None else Cell(f"{point.ratio:.1%}", point.ratio)
-        rows.append([point.label, ratio, Cell(f"{point.value:.4g}", point.value), *cells, "yes" if point.pareto else ""])
+        rows.append([point.label, ratio, Cell(f"{point.value:.4g}", point.value), *cells, _named(point, costs)])
     columns = ("Models", "Ratio", sweep.measure, *(title for _, title, _ in costs), "Pareto")
     numbers = table(f"{sweep.measure} and cost of each model", columns, rows, id="sweep-table", kinds=" nn" + "n" * len(costs))
     choices = [element("option", title, value=key) for key, title, _ in costs]
@@ -180,3 +196,13 @@ def sweep_section(sweep: Sweep, charts: dict[str, Any]) -> Section:
         element("div", element("label", "Over ", element("select", *choices, data_for="sweep")), class_="controls"),
     )
     return Section("sweep", "Sweep", shown)
+
+
+def _pareto(point: SweepPoint, costs: Sequence[tuple[str, str, float]]) -> list[str]:
+    """The costs of which it is a Pareto point."""
+    return [key for key, _, _ in costs if (point.pareto if isinstance(point.pareto, bool) else key in point.pareto)]
+
+
+def _named(point: SweepPoint, costs: Sequence[tuple[str, str, float]]) -> str:
+    best = _pareto(point, costs)
+    return "yes" if best and len(best) == len(costs) else ", ".join(title.partition(",")[0] for key, title, _ in costs if key in best)

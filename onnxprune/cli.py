@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from onnxprune import __version__
+from onnxprune.completion import FILE, one_of, providers
 from onnxprune.errors import OnnxPruneError
 from onnxprune.exploring import COMMANDS
+from onnxprune.helptext import Grouped
 from onnxprune.options import (
     ALLOW_IO,
     CALIBRATION,
@@ -28,6 +31,7 @@ from onnxprune.options import (
     MODEL,
     PREPROCESS,
     QUIET,
+    REPORT,
     SEED,
     SHARDS,
     TARGET,
@@ -41,6 +45,7 @@ from onnxprune.options import (
 from onnxprune.terminal import complain as _complain
 from onnxprune.terminal import console as _console
 from onnxprune.terminal import progress as _progress
+from onnxprune.terminal import warnings_told
 from onnxprune.terminal import write_json as _write_json
 
 if TYPE_CHECKING:
@@ -49,38 +54,51 @@ if TYPE_CHECKING:
     from onnxprune.benchmark import Measurement
 
 INTERRUPTED = 130
+NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())  # from click 8.2 on
 
 
 class Commands(click.Group):
     """A group whose default command is `prune`, and which says errors in one line."""
 
+    command_class = Grouped
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
-            if not args[0].startswith("-") and not args[0].endswith(".onnx") and not Path(args[0]).exists():
+            if not ctx.resilient_parsing and not args[0].startswith("-") and not args[0].endswith(".onnx") and not Path(args[0]).exists():
                 raise OnnxPruneError(f"'{args[0]}' is neither a file nor a command ({', '.join(self.commands)}); see `onnxprune --help`")
             args = ["prune", *args]
+        if args and not ctx.resilient_parsing and not _silent(args):
+            _say_configuration(ctx.obj, ctx.default_map or {}, self.commands.get(args[0]))
         return super().parse_args(ctx, args)
 
     def make_context(self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any) -> click.Context:
-        if not {"--help", "-h", "--version"}.intersection(args):
+        if not extra.get("resilient_parsing") and not {"--help", "-h", "--version"}.intersection(args):
             from onnxprune.configuration import read_configuration
 
-            extra.setdefault("default_map", read_configuration(self.commands))
+            extra["obj"], extra["default_map"] = read_configuration(self.commands)
         return super().make_context(info_name, args, parent, **extra)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands, and files, as a model may be the first word."""
+        found = super().shell_complete(ctx, incomplete)
+        return found if incomplete and found else [*found, CompletionItem(incomplete, type="file")]
 
     def main(self, *args: Any, **extra: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # an arrow that an encoding lacks is no reason to fail
         try:
-            code = super().main(*args, **{**extra, "standalone_mode": False})
+            with warnings_told():
+                code = super().main(*args, **{**extra, "standalone_mode": False})
         except OnnxPruneError as error:
             _complain(str(error))
+            if {"-v", "--verbose"}.intersection(sys.argv[1:]):
+                click.echo(_cause(error), err=True, nl=False)
             sys.exit(error.exit_code)
         except click.exceptions.Abort:
             _complain("interrupted; no half-written file is left")
             sys.exit(INTERRUPTED)
-        except click.exceptions.NoArgsIsHelpError as error:
+        except NO_ARGUMENTS as error:
             click.echo(error.format_message())
             sys.exit(2)
         except click.ClickException as error:
@@ -101,6 +119,26 @@ class Commands(click.Group):
             _complain(f"unexpected {type(error).__name__} ({error}); ONNXPRUNE_DEBUG=1 shows where, please report it")
             sys.exit(4)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _cause(error: BaseException) -> str:
+    """All that onnx or onnxruntime said, where an error cites it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return "" if isinstance(error, OnnxPruneError) else f"{error}\n"
+
+
+def _silent(args: list[str]) -> bool:
+    """Whether nothing is to be said but the result, if that."""
+    return any(arg in ("-q", "--quiet") or arg.startswith("--json") for arg in args)
+
+
+def _say_configuration(file: Path | None, defaults: Mapping[str, Any], command: click.Command | None) -> None:
+    """The file that options come from, once, so that nobody wonders where from."""
+    given = defaults.get(command.name or "", {}) if command else {}
+    if file and command and given and not given.get("quiet"):
+        flags = [max(option.opts, key=len) for option in command.params if option.name in given]
+        click.echo(f"{file}: {', '.join(flags)}; flags on the command line win", err=True)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -126,7 +164,7 @@ def main() -> None:
 @main.command()
 @MODEL
 @options(
-    click.option("--output", "-o", metavar="FILE", help="The pruned model; MODEL-pruned.onnx if not given."),
+    click.option("--output", "-o", type=FILE, metavar="FILE", help="The pruned model; MODEL-pruned.onnx if not given."),
     CHOICE,
     CALIBRATION,
     FEEDS,
@@ -134,8 +172,11 @@ def main() -> None:
     EVALUATION,
     GATES,
     PREPROCESS,
-    click.option("--plan-out", metavar="FILE", help="Write the plan too."),
-    click.option("--report", "report_path", metavar="FILE.html", help="Write what happened as a page to look at."),
+    click.option("--plan-out", type=FILE, metavar="FILE", help="Write the plan too."),
+    REPORT,
+    click.option(
+        "--curves", type=FILE, multiple=True, metavar="FILE", help="What `sensitivity` or `sweep` kept, to show in the report too."
+    ),
     VERIFY,
     DEVICE,
     MEMORY,
@@ -157,6 +198,7 @@ def prune(
     plan_out: str | None,
     shard_size: int | None,
     report_path: str | None,
+    curves: tuple[str, ...],
     provider: str,
     threads: int,
     json_path: str | None,
@@ -173,44 +215,50 @@ def prune(
     """
     from onnxprune import api
     from onnxprune.allocations import check_budget, check_ratio
+    from onnxprune.curvefiles import read_curves
     from onnxprune.depth import check_granularity
     from onnxprune.external import AT_ONCE
     from onnxprune.gates import MISSED, check_known, judged
-    from onnxprune.importer import load
+    from onnxprune.importer import check_file, load, read
     from onnxprune.quality import evaluator
-    from onnxprune.writing import check_apart, check_target, write_text
+    from onnxprune.sizing import sized
+    from onnxprune.writing import check_apart, check_page, check_target, write_text
 
     check_ratio(ratio)
     check_budget(chosen["of"])
     check_granularity(chosen["granularity"])
     check_known(gates, evaluation, metric, chosen["calibration"], chosen["compensation"])
-    source = Path(model)
-    if source.is_dir():
-        raise OnnxPruneError(f"{source}: is a folder; give the path of an .onnx file")
+    source = check_file(model)
     target = check_target(output or source.with_name(f"{source.stem}-pruned.onnx"), source)
-    check_apart(model, target, plan_out, json_path, report_path, feeds, evaluation)
+    check_apart(model, target, plan_out, json_path, report_path, feeds, evaluation, *curves)
     if report_path:
-        check_target(report_path, source)
+        check_page(report_path, source)
     for extra in (plan_out, json_path):
         if extra and extra != "-":
             check_target(extra, source)
-    given = read_feeds(feeds)
+    if curves and not report_path:
+        raise OnnxPruneError("--curves are shown in a report; give --report FILE.html too")
+    drawn = read_curves(curves, model)
+    given, sizes = read_feeds(feeds), read_shapes(shapes)
     with _progress(quiet) as say:
         if preprocess is not None and evaluation is None and chosen["calibration"] is None:
             raise OnnxPruneError("--preprocess says how the samples of --calibration and --eval are used; give one of them")
         compare = None
         if evaluation is not None:  # looked at before any work is done
             chosen["memory"] = chosen["memory"] or AT_ONCE
-            loaded = load(model, given, read_shapes(shapes), chosen["memory"])
-            loaded.external.need_memory(loaded.name, "--eval")
+            file = read(model, chosen["memory"])
+            file.external.need_memory(file.name, "--eval")
+            sizes = sized(file.proto, given, sizes, [chosen["calibration"], evaluation], preprocess)
+            loaded = load(file, given, sizes)
             compare = evaluator(loaded, evaluation, preprocess, metric, chosen["seed"])
+            compare.expect(loaded, gates)
         elif metric is not None:
             raise OnnxPruneError("--metric says how the samples of --eval are used; give --eval too")
         result = api.prune(
             model,
             ratio,
             feeds=given,
-            input_shapes=read_shapes(shapes),
+            input_shapes=sizes,
             layer_ratios=read_ratios(layer_ratios),
             preprocess=preprocess if chosen["calibration"] is not None else None,
             provider=provider,
@@ -231,7 +279,15 @@ def prune(
         if report_path:
             from onnxprune.htmlreport import html_report
 
-            write_text(html_report(result, measured=measured, evaluation=accuracy, command=sys.argv[1:]), report_path)
+            shown = html_report(
+                result,
+                measured=measured,
+                evaluation=accuracy,
+                sensitivity=drawn.sensitivity,
+                sweep=drawn.sweep,
+                command=sys.argv[1:],
+            )
+            write_text(shown, report_path)
     content = {"model": model, "output": str(target), **result.to_json()}
     content |= {"evaluation": accuracy.to_json() if accuracy else None, "benchmark": [m.to_json() for m in measured]}
     passed = judged(gates, result, accuracy, measured)
@@ -362,7 +418,7 @@ def groups(
 @main.command()
 @MODEL
 @options(
-    click.option("--output", "-o", metavar="FILE", required=True, help="The plan, as JSON."),
+    click.option("--output", "-o", type=FILE, metavar="FILE", required=True, help="The plan, as JSON."),
     CHOICE,
     CALIBRATION,
     PREPROCESS,
@@ -408,6 +464,7 @@ def plan(
 
         report.show_result(_console(), result, ratio, chosen["of"])
         report.show_proof(_console(), result.proof)
+        _console().print(f"{output} holds the plan; `onnxprune apply {model} {output} -o OUT.onnx` carries it out", soft_wrap=True)
     if not result.on_budget:
         _complain(f"the budget is out of reach: {result.reached:.1%} of {chosen['of']} goes, {ratio:.1%} was asked")
         return 3
@@ -416,9 +473,9 @@ def plan(
 
 @main.command()
 @MODEL
-@click.argument("plan", metavar="PLAN.json")
+@click.argument("plan", type=FILE, metavar="PLAN.json")
 @options(
-    click.option("--output", "-o", metavar="FILE", required=True, help="The pruned model."),
+    click.option("--output", "-o", type=FILE, metavar="FILE", required=True, help="The pruned model."),
     FEEDS,
     SEED,
     click.option("--verify/--no-verify", default=False, help="Prove the result on this model (off by default)."),
@@ -461,17 +518,20 @@ def apply(
         report.show_result(_console(), result, None, "")
         if verify:
             report.show_proof(_console(), result.proof)
+        unproven = "" if verify else f"; not verified: `onnxprune verify {model} {target} --plan {plan}` does"
+        _console().print(f"{target} is written, as {plan} says{unproven}", soft_wrap=True)
     return 0
 
 
 @main.command()
 @MODEL
-@click.argument("plan", metavar="PLAN.json")
+@click.argument("plan", type=FILE, metavar="PLAN.json")
 @options(
-    click.option("--output", "-o", metavar="FILE", required=True, help="The indices that stay, as JSON."),
+    click.option("--output", "-o", type=FILE, metavar="FILE", required=True, help="The indices that stay, as JSON."),
     click.option(
         "--state-dict",
         "checkpoint",
+        type=FILE,
         metavar="CHECKPOINT",
         help="The framework's parameters: .npz, .safetensors, .pt (needs torch), .h5, .keras (h5py); else the file's own tensors.",
     ),
@@ -507,8 +567,10 @@ def export_plan(model: str, plan: str, output: str, checkpoint: str | None, feed
 
 @main.command()
 @MODEL
-@click.argument("pruned", metavar="[PRUNED.onnx]", required=False)
-@options(click.option("--plan", metavar="FILE", help="The plan that made PRUNED.onnx."), FEEDS, SEED, ALLOW_IO, MEMORY, JSON, QUIET)
+@click.argument("pruned", type=FILE, metavar="[PRUNED.onnx]", required=False)
+@options(
+    click.option("--plan", type=FILE, metavar="FILE", help="The plan that made PRUNED.onnx."), FEEDS, SEED, ALLOW_IO, MEMORY, JSON, QUIET
+)
 def verify(
     model: str,
     pruned: str | None,
@@ -552,14 +614,23 @@ def verify(
 
 
 @main.command()
-@click.argument("models", metavar="A.onnx [B.onnx …]", nargs=-1, required=True)
+@click.argument("models", type=FILE, metavar="A.onnx [B.onnx …]", nargs=-1, required=True)
 @options(
     FEEDS,
-    click.option("--batch", type=click.IntRange(1), help="Size of the symbolic first axis."),
-    click.option("--threads", type=click.IntRange(0), default=1, show_default=True, help="onnxruntime's threads; 0: its own default."),
-    click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Runs before the clock starts."),
-    click.option("--seconds", type=click.FloatRange(0), default=2.0, show_default=True, help="Time to spend on each model."),
-    click.option("--provider", default="CPUExecutionProvider", show_default=True, help="onnxruntime provider."),
+    click.option("--batch", metavar="N", type=click.IntRange(1), help="Size of the symbolic first axis."),
+    click.option(
+        "--threads", metavar="N", type=click.IntRange(0), default=1, show_default=True, help="onnxruntime's threads; 0: its own default."
+    ),
+    click.option("--warmup", metavar="N", type=click.IntRange(0), default=3, show_default=True, help="Runs before the clock starts."),
+    click.option("--seconds", metavar="S", type=click.FloatRange(0), default=2.0, show_default=True, help="Time to spend on each model."),
+    click.option(
+        "--provider",
+        shell_complete=one_of(providers),
+        metavar="NAME",
+        default="CPUExecutionProvider",
+        show_default=True,
+        help="onnxruntime provider.",
+    ),
     JSON,
     QUIET,
 )

@@ -34,14 +34,14 @@ FILE, PROJECT, VARIABLE = "onnxprune.toml", "pyproject.toml", "ONNXPRUNE_CONFIG"
 Defaults = dict[str, dict[str, Any]]
 
 
-def read_configuration(commands: Mapping[str, click.Command], folder: Path | None = None) -> Defaults:
-    """{command: {parameter: value}} of the file that counts in a folder, the working directory if not given.
+def read_configuration(commands: Mapping[str, click.Command], folder: Path | None = None) -> tuple[Path | None, Defaults]:
+    """The file that counts in a folder, the working directory if not given, None where there is none; its {command: {parameter: value}}.
 
     Raises OnnxPruneError for a file that is no TOML, a name that is no flag, and a value that is not of the flag's type.
     """
     found = _table(folder or Path.cwd())
     if found is None:
-        return {}
+        return None, {}
     path, table = found
     flags = {name: _flags(command) for name, command in commands.items()}
     defaults: Defaults = {name: {} for name in commands}
@@ -58,7 +58,7 @@ def read_configuration(commands: Mapping[str, click.Command], folder: Path | Non
             raise OnnxPruneError(f"{path}: there is no option '{key}'; there are {', '.join(known)}")
         for name in takers:
             defaults[name].setdefault(flags[name][key].name or "", _checked(path, key, flags[name][key], value))
-    return defaults
+    return path, defaults
 
 
 def _table(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from onnxprune.grouping import Group, Member
 from onnxprune.importer import FLOATS, Model
+from onnxprune.quantized import dequantizer, meant
 from onnxprune.registry import Registry
 
 Criterion = Callable[[Model, Group, np.random.Generator], np.ndarray]
@@ -23,15 +24,18 @@ criterion: Registry[Criterion] = Registry("criterion", "onnxprune.criteria")
 
 
 def weights(model: Model, group: Group) -> list[Member]:
-    """The members that are layers' weights (more than one axis), floats or, where there are none, integers; else all floats."""
+    """The members that are layers' weights (more than one axis), floats or, where there are none, integers; else all floats.
+
+    Integers behind a DequantizeLinear stand for floats.
+    """
     floats = [m for m in group.members if model.tensors[m.tensor].data_type in FLOATS]
     layers = [m for m in group.members if len(model.tensors[m.tensor].dims) > 1 and max(model.tensors[m.tensor].dims) > 1]
-    return [m for m in layers if model.tensors[m.tensor].data_type in FLOATS] or layers or floats
+    return [m for m in layers if model.tensors[m.tensor].data_type in FLOATS or dequantizer(model, m.tensor)] or layers or floats
 
 
 def rows(model: Model, member: Member) -> np.ndarray:
     """The slices of one member, float32 (units, elements of a unit)."""
-    array: np.ndarray = np.moveaxis(model.array(member.tensor), member.axis, 0)
+    array: np.ndarray = np.moveaxis(meant(model, member.tensor), member.axis, 0)
     return np.asarray(array[member.indices.ravel()].reshape(len(member.indices), -1), np.float32)
 
 
@@ -39,7 +43,7 @@ def _along(model: Model, member: Member, power: int) -> np.ndarray:
     """Σ|w|^power over each unit's places along the member's axis, (units,)."""
     key = (member.tensor, member.axis, power)
     if key not in model.sums:
-        model.sums[key] = _sums(model.array(member.tensor), member.axis, power)
+        model.sums[key] = _sums(meant(model, member.tensor), member.axis, power)
     return np.asarray(model.sums[key][member.indices].sum(axis=1), np.float64)
 
 

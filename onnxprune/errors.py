@@ -1,4 +1,4 @@
-"""The one exception that onnxprune raises on purpose."""
+"""The one exception that onnxprune raises on purpose, and the one warning."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ class OnnxPruneError(Exception):
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class OnnxPruneWarning(UserWarning):
+    """What is likely not what the user means, in one line; the work goes on."""
 
 
 class ProofError(OnnxPruneError):

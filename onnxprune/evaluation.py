@@ -76,8 +76,11 @@ def evaluate(
         choices = [_choices(outputs) for outputs in turn.outputs]
         if choices[0] is not None and choices[1] is not None:
             chosen.append((choices[0], choices[1]))
-        if "labels" in turn.extras and (metric is None or _numbers(turn.extras["labels"])):
-            labels.append(_labels(turn.extras["labels"], samples.source))
+        if "labels" in turn.extras:
+            wrong = wrong_labels(turn.extras["labels"], classes_in(next(iter(turn.outputs[0].values()), None)))
+            if wrong and metric is None:
+                raise OnnxPruneError(f"{samples.source}: {wrong}")
+            labels += [] if wrong else [turn.extras["labels"].reshape(-1)]  # others are the metric's business
         for i, outputs in enumerate(turn.outputs):
             metrics[i] += turn.count * _measured(metric, outputs, turn, samples.source) if metric else 0.0
     found = Evaluation(count, None, outputs=tally.result().outputs)
@@ -88,6 +91,10 @@ def evaluate(
     one, other = (np.concatenate(side) for side in zip(*chosen, strict=True))
     found = replace(found, agreement=float((one == other).mean()))
     right = np.concatenate(labels) if labels else None
+    if right is not None and right.shape != one.shape and metric is None:
+        raise OnnxPruneError(
+            f"{samples.source}: has {len(right)} labels for {len(one)} rows of the first output; give one for each, none, or a --metric"
+        )
     if right is None or right.shape != one.shape:
         return found
     return replace(found, before=float((one == right).mean()), after=float((other == right).mean()))
@@ -104,15 +111,19 @@ def _choices(outputs: Arrays) -> np.ndarray | None:
     return each[:, 0] if each.shape[1] and first.dtype.kind in "biu" else None
 
 
-def _numbers(labels: np.ndarray) -> bool:
-    return labels.dtype.kind in "iu" and labels.ndim > 0 and labels.size == len(labels)
+def classes_in(first: np.ndarray | None) -> int | None:
+    """Among how many classes the first output chooses for a sample; None where it says none, or the number of one itself."""
+    columns = math.prod(first.shape[1:]) if first is not None and first.ndim else 0
+    return columns if columns > 1 else None
 
 
-def _labels(labels: np.ndarray, where: str) -> np.ndarray:
-    if not _numbers(labels):
-        shape = list(labels.shape[1:])
-        raise OnnxPruneError(f"{where}: the labels are {labels.dtype} {shape} a sample; they must be one class number, or give a --metric")
-    return labels.reshape(-1)
+def wrong_labels(labels: np.ndarray, classes: int | None) -> str:
+    """Why labels are no class numbers, one a sample; "" where they are."""
+    if labels.dtype.kind not in "iu" or not labels.ndim or labels.size != len(labels):
+        return f"the labels are {labels.dtype} {list(labels.shape[1:])} a sample; they must be one class number, or give a --metric"
+    numbers = labels.reshape(-1)
+    beyond = numbers[(numbers < 0) | (numbers >= classes)] if classes is not None else numbers[:0]
+    return f"the label {beyond[0]} is no class of the model, which has {classes}; count from 0, or give a --metric" if beyond.size else ""
 
 
 def _measured(metric: Metric, outputs: Arrays, turn: Turn, where: str) -> float:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import click
 
+from onnxprune.completion import FILE, allocations, criteria, folder, one_of
 from onnxprune.errors import OnnxPruneError
+from onnxprune.helptext import Grouped
 from onnxprune.options import (
     ALLOW_IO,
     CALIBRATION,
     CHOICE,
+    DEVICE,
     EVALUATION,
     FEEDS,
     JSON,
     MEMORY,
+    MIN_KEEP,
     MODEL,
     PREPROCESS,
     QUIET,
+    REPORT,
     SAMPLES,
     SCOPE,
     SEED,
@@ -36,13 +41,15 @@ from onnxprune.options import (
 from onnxprune.terminal import complain, console, progress, write_json
 
 
-@click.command()
+@click.command(cls=Grouped)
 @MODEL
 @options(
     click.option("--around", metavar="NAME", help="Draw the dependencies around this node, value or group (group:3); needs -o."),
-    click.option("--depth", type=click.IntRange(0), default=2, show_default=True, help="… up to so many relations away."),
-    click.option("--output", "-o", metavar="FILE", help="The drawing: .svg, .png, .dot or .graphml; without --around all of the model."),
-    click.option("--min-keep", default=0.1, show_default=True, help="Least that a group keeps: a share below 1, or a number of units."),
+    click.option("--depth", metavar="N", type=click.IntRange(0), default=2, show_default=True, help="… up to so many relations away."),
+    click.option(
+        "--output", "-o", type=FILE, metavar="FILE", help="The drawing: .svg, .png, .dot or .graphml; without --around all of the model."
+    ),
+    MIN_KEEP,
     FEEDS,
     SEED,
     ALLOW_IO,
@@ -109,20 +116,34 @@ def inspect(
     return 0
 
 
-PLOT = click.option("--plot", metavar="FILE", help="The curves too: .svg, .png or .pdf (needs the extra bench).")
+PLOT = click.option("--plot", type=FILE, metavar="FILE", help="The curves too: .svg, .png or .pdf (needs the extra bench).")
 
 
-@click.command()
+@click.command(cls=Grouped)
 @MODEL
 @options(
-    click.option("--ratios", default="0.1:0.9:0.2", show_default=True, help="Shares of a group's units: first:last:step, or with commas."),
-    click.option("--criterion", default="obs", show_default=True, help="Which units go first (docs/criteria.md)."),
+    click.option(
+        "--ratios",
+        metavar="SHARES",
+        default="0.1:0.9:0.2",
+        show_default=True,
+        help="Shares of a group's units: first:last:step, or with commas.",
+    ),
+    click.option(
+        "--criterion",
+        shell_complete=one_of(criteria),
+        metavar="NAME",
+        default="obs",
+        show_default=True,
+        help="Which units go first (docs/criteria.md).",
+    ),
     SAMPLES,
     EVALUATION,
     PREPROCESS,
     SCOPE,
-    click.option("--state", metavar="FILE", help="Where points are kept; MODEL-sensitivity.json beside the model if not given."),
+    click.option("--state", type=FILE, metavar="FILE", help="Where points are kept; MODEL-sensitivity.json beside the model if not given."),
     PLOT,
+    REPORT,
     FEEDS,
     SEED,
     ALLOW_IO,
@@ -138,6 +159,7 @@ def sensitivity(
     evaluation: str | None,
     state: str | None,
     plot: str | None,
+    report_path: str | None,
     feeds: str | None,
     shapes: tuple[str, ...],
     json_path: str | None,
@@ -153,20 +175,21 @@ def sensitivity(
     Every point is kept in the state file as soon as it is measured: after an interruption, or with other --ratios, the same command
     goes on where it was.
     """
-    from onnxprune.importer import read
+    from onnxprune.importer import check_file
     from onnxprune.sensitivities import sensitivity as measure
-    from onnxprune.writing import check_apart, check_target
+    from onnxprune.writing import check_apart, check_page, check_target
 
     if calibration is None:
         raise OnnxPruneError("sensitivity measures on samples; give --calibration (samples, or 'noise')")
-    read(model)
-    source = Path(model)
+    source = check_file(model)
     target = check_target(state or source.with_name(f"{source.stem}-sensitivity.json"), source)
-    check_apart(model, target, plot, json_path, feeds, evaluation, calibration)
+    check_apart(model, target, plot, report_path, json_path, feeds, evaluation, calibration)
     if plot:
         from onnxprune.plots import check_plot
 
         check_plot(plot, model)
+    if report_path:
+        check_page(report_path, model)
     if json_path and json_path != "-":
         check_target(json_path, model)
     with progress(quiet) as say, resumable(str(target)):
@@ -185,13 +208,30 @@ def sensitivity(
         from onnxprune.plots import plot_sensitivity
 
         plot_sensitivity(found.to_json(), plot)
+    if report_path:
+        _write_page(found.to_json(), report_path, {"ratios": ratios, "calibration": calibration, "eval": evaluation, **chosen})
     write_json(found.to_json(), json_path)
     if not quiet and json_path != "-":
         from onnxprune.tables import show_sensitivity
 
         show_sensitivity(console(), found)
-        console().print(f"kept in {target}" + (f", drawn in {plot}" if plot else ""), soft_wrap=True)
+        console().print(_where(str(target), plot, report_path), soft_wrap=True)
     return 0
+
+
+def _write_page(content: Mapping[str, Any], path: str, options: Mapping[str, Any]) -> None:
+    from onnxprune.curvefiles import of_content
+    from onnxprune.htmlreport import curves_report
+    from onnxprune.writing import write_text
+
+    curves = of_content([content])
+    title = f"{content['model']}: {content['kind']}"
+    write_text(curves_report(title, curves.sensitivity, curves.sweep, lead=curves.lead, options=options, command=sys.argv[1:]), path)
+
+
+def _where(kept: str, plot: str | None, page: str | None) -> str:
+    drawn = " and ".join(name for name in (plot, page) if name)
+    return f"kept in {kept}" + (f", drawn in {drawn}" if drawn else "")
 
 
 @contextmanager
@@ -204,21 +244,52 @@ def resumable(where: str) -> Iterator[None]:
         raise
 
 
-@click.command()
+@click.command(cls=Grouped)
 @MODEL
 @options(
-    click.option("--ratios", default="0.1:0.8:0.1", show_default=True, help="Shares of the budget: first:last:step, or with commas."),
-    click.option("--criteria", metavar="NAME,…", default="", help="Try each of these (docs/criteria.md); prune's own if not given."),
-    click.option("--allocations", metavar="NAME,…", default="", help="… with each of these."),
-    click.option("--output", "-o", metavar="FOLDER", help="For models, plans and results.json; MODEL-sweep beside the model if not given."),
-    click.option("--jobs", "-j", type=int, default=1, show_default=True, help="Points made side by side, a process each; -1: one a core."),
-    click.option("--seconds", type=click.FloatRange(0), default=1.0, show_default=True, help="For each model's latency; 0: none."),
-    click.option("--provider", default="CPUExecutionProvider", show_default=True, help="onnxruntime provider of the latency."),
+    click.option(
+        "--ratios",
+        metavar="SHARES",
+        default="0.1:0.8:0.1",
+        show_default=True,
+        help="Shares of the budget: first:last:step, or with commas.",
+    ),
+    click.option(
+        "--criteria",
+        shell_complete=one_of(criteria, several=True),
+        metavar="NAME,…",
+        default="",
+        help="Try each of these (docs/criteria.md); prune's own if not given.",
+    ),
+    click.option(
+        "--allocations", shell_complete=one_of(allocations, several=True), metavar="NAME,…", default="", help="… with each of these."
+    ),
+    click.option(
+        "--output",
+        "-o",
+        shell_complete=folder,
+        metavar="FOLDER",
+        help="For models, plans and results.json; MODEL-sweep beside the model if not given.",
+    ),
+    click.option(
+        "--jobs",
+        "-j",
+        metavar="N",
+        type=int,
+        default=1,
+        show_default=True,
+        help="Points made side by side, a process each; -1: one a core.",
+    ),
+    click.option(
+        "--seconds", metavar="S", type=click.FloatRange(0), default=1.0, show_default=True, help="For each model's latency; 0: none."
+    ),
+    DEVICE,
     but(CHOICE, "ratio", "criterion", "allocation"),
     CALIBRATION,
     EVALUATION,
     PREPROCESS,
     PLOT,
+    REPORT,
     FEEDS,
     SEED,
     VERIFY,
@@ -233,6 +304,7 @@ def sweep(
     allocations: str,
     output: str | None,
     plot: str | None,
+    report_path: str | None,
     feeds: str | None,
     shapes: tuple[str, ...],
     json_path: str | None,
@@ -249,18 +321,19 @@ def sweep(
     Every model is kept in the folder with its plan.  After an interruption the same command makes what is missing; with other ratios,
     criteria or allocations it adds to what is there.  A point that fails does not stop the others (exit code 3).
     """
-    from onnxprune.importer import read
+    from onnxprune.importer import check_file
     from onnxprune.sweeping import sweep as run
-    from onnxprune.writing import check_apart, check_target
+    from onnxprune.writing import check_apart, check_page, check_target
 
-    read(model)
-    source = Path(model)
+    source = check_file(model)
     folder = output or str(source.with_name(f"{source.stem}-sweep"))
-    check_apart(model, plot, json_path, feeds, folder)
+    check_apart(model, plot, report_path, json_path, feeds, folder)
     if plot:
         from onnxprune.plots import check_plot
 
         check_plot(plot, model)
+    if report_path:
+        check_page(report_path, model)
     if json_path and json_path != "-":
         check_target(json_path, model)
     with progress(quiet) as say, resumable(folder):
@@ -280,12 +353,14 @@ def sweep(
         from onnxprune.plots import plot_sweep
 
         plot_sweep(found.to_json(), plot)
+    if report_path:
+        _write_page(found.to_json(), report_path, {"ratios": ratios, "criteria": criteria, "allocations": allocations, **chosen})
     write_json(found.to_json(), json_path)
     if not quiet and json_path != "-":
         from onnxprune.tables import show_sweep
 
         show_sweep(console(), found)
-        console().print(f"kept in {folder}" + (f", drawn in {plot}" if plot else ""), soft_wrap=True)
+        console().print(_where(folder, plot, report_path), soft_wrap=True)
     for point in found.failed:
         complain(f"{point['name']}: {point['error']}")
     return 3 if found.failed else 0

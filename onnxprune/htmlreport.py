@@ -25,6 +25,7 @@ from onnxprune.fidelity import OutputFidelity
 from onnxprune.grouping import Group
 from onnxprune.layertable import layer_changes
 from onnxprune.markup import Cell, Html, Section, bar, code, element, join, page, table
+from onnxprune.naming import group_names
 from onnxprune.report import show_proof
 
 WORDS = {"macs": "MACs", "params": "parameters", "channels": "channels"}
@@ -42,17 +43,17 @@ def html_report(
 ) -> str:
     """A result as one HTML file: what the model is, what went, its proof, layers, groups, scores and curves.
 
-    measured: the benchmark of the original and of the pruned model.  sensitivity: {group: ((ratio, change), …)}; where it is not
-    given, what the allocation measured.  sweep: a mapping a point, see `charts.sweep_section`.  command: the arguments that made it.
+    measured: the benchmark of the original and of the pruned model.  sensitivity: where it is not given, what the allocation measured;
+    `curvefiles.read_curves` reads those of the commands `sensitivity` and `sweep`.  command: the arguments that made it.
 
     >>> Path("report.html").write_text(html_report(onnxprune.prune("model.onnx", 0.4)))       # doctest: +SKIP
     """
     charts: dict[str, Any] = {}
+    labels = group_names(result.plan.grouping)
     sections = [_summary(result, measured, evaluation), _proof(result)]
     if result.fidelity or evaluation:
         sections.append(_outputs(result, evaluation))
-    sections += [_layers(result), _groups(result)]
-    labels = {group.id: where(group) for group in result.plan.groups}
+    sections += [_layers(result), _groups(result, labels)]
     if result.scores:
         scores = {g: values for g, values in result.scores.items() if g in labels}
         sections.append(scores_section(scores, result.plan.remove, labels, str(result.plan.options.get("criterion")), charts))
@@ -67,9 +68,10 @@ def html_report(
 
 def curves_report(
     title: str,
-    *,
     sensitivity: Sensitivity | None = None,
     sweep: Sweep | None = None,
+    *,
+    lead: str = "",
     options: Mapping[str, Any] | None = None,
     command: Sequence[str] | None = None,
 ) -> str:
@@ -77,15 +79,7 @@ def curves_report(
     charts: dict[str, Any] = {}
     sections = [sensitivity_section(sensitivity, charts)] if sensitivity else []
     sections += [sweep_section(sweep, charts)] if sweep else []
-    return page(title, "", [*sections, made_with(options or {}, command)], charts, _foot())
-
-
-def where(group: Group) -> str:
-    """A group's name for people: its first tensor, and how many more there are."""
-    if group.branch is not None:
-        return f"the branch at {group.branch.output}"
-    names = list(dict.fromkeys(m.tensor for m in group.members))
-    return (names[0] if names else "") + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    return page(title, lead, [*sections, made_with(options or {}, command)], charts, _foot())
 
 
 def _lead(result: Result) -> str:
@@ -229,7 +223,7 @@ def _pair(values: tuple[int, int]) -> str:
     return f"{_count(values[0])} → {_count(values[1])}" if values[0] != values[1] else _count(values[0])
 
 
-def _groups(result: Result) -> Section:
+def _groups(result: Result, labels: Mapping[int, str]) -> Section:
     rows = []
     for group in result.plan.groups:
         gone = len(result.plan.remove.get(group.id, ()))
@@ -246,7 +240,7 @@ def _groups(result: Result) -> Section:
                 kind,
                 Cell(f"{group.units} → {kept}" if gone else group.units, group.units),
                 Cell(join([bar(group.units, kept), f" {kept / group.units:.0%}"]), kept / group.units),
-                join([code(where(group)), listed]),
+                join([code(labels[group.id]), listed]),
                 _state(result, group),
             ]
         )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -74,42 +75,57 @@ class Model:
         return self._arrays[tensor]
 
 
-def read(source: str | os.PathLike[str] | ModelProto, memory: int = AT_ONCE) -> tuple[ModelProto, str, External]:
-    """The ModelProto, a name for it, and what of it stands in other files; read at once up to so many bytes (`memory`).
+class File(NamedTuple):
+    """A file as it was read; external: which of its weights stand in other files."""
+
+    proto: ModelProto
+    name: str
+    external: External
+
+
+def read(source: str | os.PathLike[str] | ModelProto, memory: int = AT_ONCE) -> File:
+    """A model's file; what stands in other files is read at once up to so many bytes (`memory`).
 
     Raises OnnxPruneError where the file is missing, is not ONNX, is cut short or lacks its external data.
     """
     if isinstance(source, ModelProto):
-        return source, source.graph.name or "model", External(limit=memory)
-    path = Path(source)
-    if path.is_dir():
-        raise OnnxPruneError(f"{path}: is a folder; give the path of an .onnx file")
-    if path.is_file() and not os.access(path, os.R_OK):
-        raise OnnxPruneError(f"{path}: may not be read; change its permissions")
-    if not path.is_file():
-        raise OnnxPruneError(f"{path}: no such file; give the path of an .onnx file")
+        return File(source, source.graph.name or "model", External(limit=memory))
+    path = check_file(source)
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except Exception as error:
         raise OnnxPruneError(f"{path}: not an ONNX model, or cut short; export it again") from error
     if not proto.graph.node or not proto.opset_import:
         raise OnnxPruneError(f"{path}: not an ONNX model, or an empty one; export it again")
-    return proto, path.name, external.attach(proto, path.parent, path.name, memory)
+    return File(proto, path.name, external.attach(proto, path.parent, path.name, memory))
+
+
+def check_file(path: str | os.PathLike[str]) -> Path:
+    """Raises OnnxPruneError where there is no file to read."""
+    path = Path(path)
+    if path.is_dir():
+        raise OnnxPruneError(f"{path}: is a folder; give the path of an .onnx file")
+    if path.is_file() and not os.access(path, os.R_OK):
+        raise OnnxPruneError(f"{path}: may not be read; change its permissions")
+    if not path.is_file():
+        raise OnnxPruneError(f"{path}: no such file; give the path of an .onnx file")
+    return path
 
 
 def load(
-    source: str | os.PathLike[str] | ModelProto,
+    source: str | os.PathLike[str] | ModelProto | File,
     feeds: Mapping[str, np.ndarray] | None = None,
     input_shapes: Mapping[str, Shape] | None = None,
     memory: int = AT_ONCE,
 ) -> Model:
     """Import a model; `feeds` or `input_shapes` say the sizes of symbolic axes (else 2, or more where 2 does not run).
 
-    memory: bytes of weights in other files up to which they are read at once; beyond, when `Model.array` is asked for them.
+    memory: bytes of weights in other files up to which they are read at once; beyond, when `Model.array` is asked for them; of a
+    `File` that was read, `read` was told so.
 
     Raises OnnxPruneError for what is not a well-formed model.
     """
-    proto, name, outside = read(source, memory)
+    proto, name, outside = source if isinstance(source, File) else read(source, memory)
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
     proto, ambiguous = unique_names(_without_duplicates(proto))

@@ -8,6 +8,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 
+from onnxprune.completion import (
+    FILE,
+    allocations,
+    budgets,
+    compensations,
+    criteria,
+    granularities,
+    no_samples,
+    one_of,
+    pixels,
+    providers,
+    targets,
+)
 from onnxprune.errors import OnnxPruneError
 from onnxprune.gates import read_gates
 
@@ -32,6 +45,26 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic 
         return int(float(found[1]) * self.units[found[2]])
 
 
+class Share(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A share, written as 0.4 or as 40%."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            return read_share(value)
+        except ValueError:
+            self.fail(f"'{value}' is no share; write it as 0.4 or 40%", param, ctx)
+
+
+def read_share(text: Any) -> float:
+    """0.4 of "0.4" and of "40%"; raises ValueError for what is neither, and for 100% and more, which would read as units elsewhere."""
+    number, percent, rest = str(text).strip().partition("%")
+    if rest or (percent and float(number) >= 100):
+        raise ValueError(text)
+    return float(number) / 100 if percent else float(number)
+
+
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     """Several option decorators as one, in reading order."""
 
@@ -54,19 +87,23 @@ def but(decorator: Callable[[F], F], *names: str) -> Callable[[F], F]:
     return decorate
 
 
-MODEL = click.argument("model", metavar="MODEL.onnx")
+MODEL = click.argument("model", type=FILE, metavar="MODEL.onnx")
 FEEDS = options(
-    click.option("--feeds", metavar="FILE.npz", help="Inputs for the proof and the counters: an array for each input."),
+    click.option("--feeds", type=FILE, metavar="FILE.npz", help="Inputs for the proof and the counters: an array for each input."),
     click.option("--input-shape", "shapes", metavar="NAME=1,3,224,224", multiple=True, help="An input's shape instead (seeded values)."),
 )
-SEED = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Everything random follows from it.")
+SEED = click.option("--seed", metavar="N", type=click.IntRange(0), default=0, show_default=True, help="Everything random follows from it.")
 ALLOW_IO = click.option("--allow-io", multiple=True, metavar="GLOB", help="Graph inputs or outputs that may change size.")
-JSON = click.option("--json", "json_path", metavar="FILE", help="Write the result as JSON; - is standard output.")
+JSON = click.option("--json", "json_path", type=FILE, metavar="FILE", help="Write the result as JSON; - is standard output.")
+REPORT = click.option(
+    "--report", "report_path", type=FILE, metavar="FILE.html", help="Write what came out as a page to look at, with charts."
+)
 QUIET = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors; prune then skips its benchmark.")
 VERBOSE = click.option("--verbose", "-v", is_flag=True, help="List every place of every group, and every fixed axis.")
 VERIFY = click.option("--verify/--no-verify", default=True, help="Prove the result on the model (on by default).")
 TARGET = click.option(
     "--target",
+    shell_complete=one_of(targets),
     metavar="cpu|tensorrt|cuda",
     help="Where it will run: says --align group by group; tensorrt: also what it does not take of the model.",
 )
@@ -81,18 +118,39 @@ SCOPE = options(
     click.option("--scope", multiple=True, metavar="GLOB", help="Prune only layers with such a node or tensor name."),
     click.option("--exclude", multiple=True, metavar="GLOB", help="Leave such layers as they are."),
 )
+MIN_KEEP = click.option(
+    "--min-keep", type=Share(), default=0.1, show_default=True, help="Least that a group keeps: a share below 1, or a number of units."
+)
 CHOICE = options(
-    click.option("--ratio", "-r", type=float, required=True, help="Share of the budget to remove, between 0 and 1."),
-    click.option("--of", default="macs", show_default=True, metavar="macs|params|channels|latency", help="Which budget."),
+    click.option("--ratio", "-r", type=Share(), required=True, help="Share of the budget to remove: 0.4 or 40%."),
+    click.option(
+        "--of",
+        shell_complete=one_of(budgets),
+        default="macs",
+        show_default=True,
+        metavar="macs|params|channels|latency",
+        help="Which budget.",
+    ),
     click.option(
         "--granularity",
+        shell_complete=one_of(granularities),
         default="channel",
         show_default=True,
         metavar="channel|head|block|all",
         help="What goes: channels and heads, whole heads alone, residual branches, or all of them.",
     ),
-    click.option("--criterion", help="Which units go first: l1, l2, obs, fluctuation, … (docs/criteria.md); auto."),
-    click.option("--allocation", help="How the groups share it: uniform, global, standardized, pq, distortion; auto."),
+    click.option(
+        "--criterion",
+        shell_complete=one_of(criteria),
+        metavar="NAME",
+        help="Which units go first: l1, l2, obs, fluctuation, … (docs/criteria.md); auto.",
+    ),
+    click.option(
+        "--allocation",
+        shell_complete=one_of(allocations),
+        metavar="NAME",
+        help="How the groups share it: uniform, global, standardized, pq, distortion; auto.",
+    ),
     SCOPE,
     click.option(
         "--layer-ratio",
@@ -101,7 +159,7 @@ CHOICE = options(
         metavar="GLOB=RATIO",
         help="Such layers lose this share of units.",
     ),
-    click.option("--min-keep", default=0.1, show_default=True, help="Least that a group keeps: a share below 1, or a number of units."),
+    MIN_KEEP,
     click.option(
         "--align",
         multiple=True,
@@ -115,24 +173,36 @@ CHOICE = options(
 
 
 DEVICE = options(
-    click.option("--provider", default="CPUExecutionProvider", show_default=True, help="onnxruntime provider on which models are timed."),
-    click.option("--threads", type=click.IntRange(0), default=1, show_default=True, help="Its threads; 0: onnxruntime's own default."),
+    click.option(
+        "--provider",
+        shell_complete=one_of(providers),
+        metavar="NAME",
+        default="CPUExecutionProvider",
+        show_default=True,
+        help="onnxruntime provider on which models are timed.",
+    ),
+    click.option(
+        "--threads", metavar="N", type=click.IntRange(0), default=1, show_default=True, help="Its threads; 0: onnxruntime's own default."
+    ),
 )
 SAMPLES = options(
     click.option(
         "--calibration",
+        shell_complete=one_of(no_samples, files=True),
         metavar="SOURCE",
         help="Samples without labels: an .npz, a folder of arrays or images, module:function, noise, or none.",
     ),
-    click.option("--samples", type=click.IntRange(1), help="Take so many of them, spread over the source."),
+    click.option("--samples", metavar="N", type=click.IntRange(1), help="Take so many of them, spread over the source."),
 )
 CALIBRATION = options(
     SAMPLES,
     click.option(
         "--compensation",
+        shell_complete=one_of(compensations),
+        metavar="NAME",
         help="How what stays makes up for what went: refine, reconstruct, moments, update, mean, merge (data-free), none.",
     ),
-    click.option("--steps", default=1, show_default=True, type=click.IntRange(1), help="Rounds of choosing and compensating."),
+    click.option("--steps", metavar="N", default=1, show_default=True, type=click.IntRange(1), help="Rounds of choosing and compensating."),
 )
 GATES = click.option(
     "--fail-under",
@@ -144,6 +214,7 @@ GATES = click.option(
 )
 PREPROCESS = click.option(
     "--preprocess",
+    shell_complete=one_of(pixels),
     metavar="SPEC",
     help="What pixels of images and integer arrays become: imagenet, tf, unit, raw, or such as scale=1/255,mean=0.5,std=0.5.",
 )
@@ -151,6 +222,7 @@ EVALUATION = options(
     click.option(
         "--eval",
         "evaluation",
+        shell_complete=one_of(no_samples, files=True),
         metavar="SOURCE",
         help="Samples to compare both models on, as for --calibration; with `labels` in them accuracy before and after.",
     ),
@@ -196,7 +268,7 @@ def read_ratios(texts: tuple[str, ...]) -> dict[str, float]:
     for text in texts:
         pattern, _, ratio = text.rpartition("=")
         try:
-            found[pattern] = float(ratio)
+            found[pattern] = read_share(ratio)
         except ValueError:
             pattern = ""
         if not pattern:
@@ -208,10 +280,10 @@ def read_list(text: str, option: str) -> tuple[float, ...]:
     """Ratios as first:last:step or with commas between them, rising; raises OnnxPruneError for what is neither, or not in 0 … 1."""
     try:
         if ":" in text:
-            first, last, step = (float(part) for part in text.split(":"))
+            first, last, step = (read_share(part) for part in text.split(":"))
             found = [first + i * step for i in range(int((last - first) / step + 1e-6) + 1)] if step > 0 else []
         else:
-            found = [float(part) for part in text.split(",") if part.strip()]
+            found = [read_share(part) for part in text.split(",") if part.strip()]
     except ValueError:
         found = []
     if not found:

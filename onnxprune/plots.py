@@ -53,7 +53,7 @@ def plot_sensitivity(content: Mapping[str, Any], path: str | os.PathLike[str]) -
 
     for place, group in enumerate(ids):
         own = [p for p in points if p["group"] == group]
-        name = f"{group}: {own[0]['tensor']}" if group in worst else None
+        name = f"{group}: {own[0].get('name') or own[0]['tensor']}" if group in worst else None
         color = colormaps["viridis"](place / max(1, len(ids) - 1))
         style = {"color": color, "marker": MARKS[place % len(MARKS)], "markersize": 4, "linewidth": 1.2}
         axes[0].plot([p["ratio"] for p in own], [p["change"] for p in own], label=name, **style)

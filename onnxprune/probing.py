@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto
 
 from onnxprune.cost import Counter, element_terms, mac_terms, named
 from onnxprune.errors import OnnxPruneError
@@ -255,11 +255,17 @@ def _predicted(fits: Sequence[Rate], amounts: np.ndarray) -> np.ndarray:
 
 def _kind(grouping: Grouping, group: Group) -> str:
     """Groups of one kind are narrowed by the same kernels: the layers that hold their units, and how many places a unit has there."""
-    tensors = {m.tensor for m in group.members}
+    model, tensors = grouping.model, {m.tensor for m in group.members}
+    stored = {n.output[0]: n.input[0] for n in model.main if n.op_type == "DequantizeLinear"}
+
+    def weight(node: NodeProto) -> str:
+        name = stored.get(node.input[1], node.input[1])
+        return model.copies.get(name, name)
+
     layers = {
         f"{node.op_type}{'/' if attributes(node).get('group', 1) not in (1, None) else ''}"
-        for node in grouping.model.main
-        if len(node.input) > 1 and grouping.model.copies.get(node.input[1], node.input[1]) in tensors
+        for node in model.main
+        if len(node.input) > 1 and node.op_type != "DequantizeLinear" and weight(node) in tensors
     }
     return f"{group.kind} {min(m.indices.shape[1] for m in group.members)} {' '.join(sorted(layers))}"
 

@@ -8,15 +8,18 @@ QuantizeLinear and DequantizeLinear); the same units go from the file itself, an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxprune.certificate import Bench, Proof
+from onnxprune.cost import Measure
 from onnxprune.folding import attributes
 from onnxprune.grouping import Group, Grouping
+from onnxprune.importer import Model, load
+from onnxprune.running import Arrays
 
 TYPES = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16, TensorProto.INT32)
 BIASED = ("Conv", "ConvTranspose", "Gemm")
@@ -31,6 +34,21 @@ class Stored:
     proof: Proof | None
     bench: Bench | None
     numbers: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is left of a budget of the file, as a function of the units kept of its copy's groups: a `cost.Measure`."""
+
+    file: Measure
+    numbers: Mapping[int, int]
+
+    @property
+    def steps(self) -> Mapping[int, int]:
+        return {i: self.file.steps[own] for i, own in self.numbers.items() if own in self.file.steps}
+
+    def __call__(self, kept: Mapping[int, int]) -> float:
+        return self.file({self.numbers[i]: units for i, units in kept.items()})
 
 
 def dequantizers(graph: GraphProto) -> list[NodeProto]:
@@ -86,6 +104,22 @@ def counterparts(floats: Grouping, stored: Grouping) -> dict[int, int]:
                 found[group.id] = own.id
                 break
     return found
+
+
+def in_floats(stored: Grouping, feeds: Arrays | None, find: Callable[[Model], Grouping]) -> tuple[Grouping, dict[int, int]] | None:
+    """The groups, as `find` finds them, of a file's copy in floats, those alone that the file has too, and their `counterparts`.
+
+    None where the file has no quantized weights that are read at once.  What the file couples closer than its copy is left out.
+    """
+    model = stored.model
+    copy = unquantized(model.proto) if not model.external.places else None
+    if copy is None:
+        return None
+    inner = find(replace(load(copy, feeds, model.input_shapes), name=model.name))
+    found = counterparts(inner, stored)
+    times = Counter(found.values())
+    numbers = {i: own for i, own in found.items() if times[own] == 1}
+    return (replace(inner, groups=tuple(g for g in inner.groups if g.id in numbers)), numbers) if numbers else None
 
 
 def requantized(floats: ModelProto, stored: ModelProto, pruned: ModelProto) -> ModelProto:
@@ -172,17 +206,43 @@ def _quantities(node: NodeProto, tensors: Tensors) -> tuple[np.ndarray, np.ndarr
     return scale, zero
 
 
-def _along(node: NodeProto, array: np.ndarray, rank: int) -> np.ndarray:
+def meant(model: Model, tensor: str) -> np.ndarray:
+    """The values of a tensor; of integers that a DequantizeLinear reads, with stored scales, the numbers that they stand for."""
+    values, node = model.array(tensor), dequantizer(model, tensor)
+    if node is None:
+        return values
+    scale, zero = model.array(node.input[1]), model.array(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros((), np.int8)
+    return _dequantized(node, values, scale, zero)
+
+
+def dequantizer(model: Model, tensor: str) -> NodeProto | None:
+    """The first DequantizeLinear that reads a tensor of integers, with stored scales."""
+    if model.tensors[tensor].data_type not in (*TYPES, TensorProto.INT4, TensorProto.UINT4):
+        return None
+    readers = (n for n in model.main if n.op_type == "DequantizeLinear" and n.input[0] == tensor)
+    return next((n for n in readers if all(name in model.tensors for name in n.input if name)), None)
+
+
+def _along(node: NodeProto, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """A scale or zero point so that it broadcasts to the tensor."""
+    rank = len(shape)
     axis = int(attributes(node).get("axis", 1)) % rank if rank else 0
+    if array.ndim > 1:  # one for each block along the axis
+        return np.repeat(array, int(attributes(node).get("block_size", 1)), axis).take(range(shape[axis]), axis)
     return array.reshape([-1 if i == axis else 1 for i in range(rank)]) if array.size > 1 else array.reshape(())
 
 
 def _numbers(node: NodeProto, tensors: Tensors) -> np.ndarray:
-    """What a DequantizeLinear of stored tensors makes: (q − zero) · scale."""
-    stored = numpy_helper.to_array(tensors[node.input[0]])
-    scale, zero = (_along(node, a, stored.ndim) for a in _quantities(node, tensors))
-    return ((stored.astype(np.int64) - zero.astype(np.int64)).astype(np.float32) * scale.astype(np.float32)).astype(scale.dtype)
+    """What a DequantizeLinear of stored tensors makes."""
+    return _dequantized(node, numpy_helper.to_array(tensors[node.input[0]]), *_quantities(node, tensors))
+
+
+def _dequantized(node: NodeProto, stored: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    """(q − zero) · scale."""
+    wide = np.int64 if stored.dtype.itemsize > 2 else np.float32  # which holds 16 bits
+    scales, zeros = (_along(node, array, stored.shape) for array in (scale, zero))
+    steps = stored.astype(wide) - zeros.astype(wide)
+    return np.asarray(steps.astype(np.float32) * scales.astype(np.float32), scale.dtype)
 
 
 def _fitted(
@@ -206,5 +266,5 @@ def _fitted(
             largest = np.maximum(np.abs(low), np.abs(high))
             new = np.where(largest > 0, largest / span.max, new)
     new = new.astype(scale.dtype)
-    steps = np.round(wide / _along(node, new.astype(np.float64), rank)) + _along(node, offset, rank)
+    steps = np.round(wide / _along(node, new.astype(np.float64), numbers.shape)) + _along(node, offset, numbers.shape)
     return np.clip(steps, span.min, span.max).astype(kind), new, offset.astype(kind)

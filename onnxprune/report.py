@@ -5,48 +5,40 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.padding import Padding
 
 from onnxprune.api import Result
 from onnxprune.benchmark import Measurement
 from onnxprune.certificate import Proof
 from onnxprune.evaluation import Evaluation
-from onnxprune.grouping import Group, Grouping
+from onnxprune.grouping import Grouping
 from onnxprune.handoff import HandOff
+from onnxprune.naming import group_names
 from onnxprune.tensorrt import Support
 from onnxprune.tensorrt_operators import VERSION
-
-
-def _table(*columns: tuple[str, str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title, side in columns:
-        table.add_column(title, justify="right" if side == "right" else "left", overflow="fold")
-    return table
-
-
-def _where(group: Group) -> str:
-    if group.branch is not None:
-        layers = f"{group.branch.layers} layer{'s' if group.branch.layers > 1 else ''}"
-        return f"the branch of {layers} at {escape(group.branch.output)}"
-    names = list(dict.fromkeys(m.tensor for m in group.members))
-    return escape(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+from onnxprune.terminal import NARROW
+from onnxprune.terminal import table as table_of
 
 
 def show_groups(console: Console, grouping: Grouping, proof: Proof | None) -> None:
     """A line a group, then what is fixed, by reason."""
     widths = [g for g in grouping.groups if g.branch is None]
     blocks = len(grouping.groups) - len(widths)
-    also = f", {blocks} residual branches" if blocks else ""
-    console.print(f"[bold]{escape(grouping.model.name)}[/]: {len(widths)} groups, {sum(g.units for g in widths)} units{also}")
-    table = _table(("group", "right"), ("units", "right"), ("kind", "left"), ("tensors", "left"), ("proof", "left"))
-    idle = set(proof.unexercised) if proof else set()
+    also = f", {_branches(blocks)}" if blocks else ""
+    found = f"{len(widths)} {'group' if len(widths) == 1 else 'groups'}, {sum(g.units for g in widths)} units"
+    console.print(f"[bold]{escape(grouping.model.name)}[/]: {found}{also}")
+    wide = console.width >= NARROW
+    kind = (("kind", "left"),) if wide else ()
+    table = table_of(("group", "right"), ("units", "right"), *kind, ("tensors", "left"), ("proof", "left"))
+    idle, names = set(proof.unexercised) if proof else set(), group_names(grouping)
     for group in grouping.groups:
         state = "not run" if proof is None else "not exercised" if group.id in idle else "proven"
         state = "unchecked" if proof and group.id in proof.unchecked else state
-        table.add_row(str(group.id), str(group.units), group.kind, _where(group), state + (", statistics" if group.statistics else ""))
+        state += ", statistics" if group.statistics else ""
+        kinds = (group.kind,) if wide else ()
+        table.add_row(str(group.id), str(group.units), *kinds, escape(names[group.id]), state)
     if grouping.groups:
         console.print(table)
     if grouping.fixed:
@@ -69,12 +61,14 @@ def show_places(console: Console, grouping: Grouping) -> None:
 
 def show_result(console: Console, result: Result, ratio: float | None, of: str) -> None:
     """The widths of every group before and after, and what went."""
-    table = _table(("group", "right"), ("tensors", "left"), ("units", "right"), ("", "left"))
+    table = table_of(("group", "right"), ("tensors", "left"), ("units", "right"), ("", "left"))
+    names, width = group_names(result.plan.grouping), 20 if console.width >= NARROW else 8
     for group in result.plan.groups:
         gone = len(result.plan.remove.get(group.id, ()))
         if gone:
             kept = group.units - gone
-            table.add_row(str(group.id), _where(group), f"{group.units} → {kept}", _bar(kept / group.units))
+            table.add_row(str(group.id), escape(names[group.id]), f"{group.units} → {kept}", _bar(kept / group.units, width))
+    table.columns[-1].no_wrap = True
     if table.row_count:
         console.print(table)
     for title, (before, after) in (("MACs", result.macs), ("parameters", result.parameters)):
@@ -107,7 +101,7 @@ def _open_sizes(result: Result) -> str:
     return ", ".join(found)
 
 
-def _bar(share: float, width: int = 20) -> str:
+def _bar(share: float, width: int) -> str:
     full = round(share * width)
     return f"[green]{'━' * full}[/][dim]{'─' * (width - full)}[/]"
 
@@ -115,33 +109,69 @@ def _bar(share: float, width: int = 20) -> str:
 def show_proof(console: Console, proof: Proof | None) -> None:
     """What was proven, in plain words, gaps in standard deviations of the outputs."""
     if proof is None:
-        console.print("[yellow]not verified[/]")
+        console.print("[yellow]not verified: what is left was not compared with the original[/]")
         return
+    console.print(f"[{'green' if proof.proven or proof.unchecked else 'yellow'}]{verdict(proof)}[/]")
     count = len(proof.proven) + len(proof.unexercised) + len(proof.unchecked) - len(proof.influence)
-    console.print(
-        f"proof: {count} groups permuted, outputs move by {proof.permutation:.1e} standard deviations "
-        f"(rounding {proof.rounding:.1e}, allowed {proof.tolerance:.1e})"
+    _point(
+        console,
+        f"{count} {'group' if count == 1 else 'groups'} permuted: outputs move by {proof.permutation:.1e} standard deviations "
+        f"(rounding {proof.rounding:.1e}, allowed {proof.tolerance:.1e})",
     )
     if proof.influence:
-        console.print(f"  {len(proof.influence)} residual branches: cutting them is the same as zeros in their last projections")
+        _point(console, f"{_branches(len(proof.influence))}: cutting them is the same as zeros in their last projections")
     for text, ids in (
-        ("kept whole, as these inputs do not exercise them", proof.unexercised),
+        ("kept whole, as these inputs do not exercise them (give inputs that do with --feeds)", proof.unexercised),
         ("left unchecked for time whether they are exercised", proof.unchecked),
     ):
         if ids:
-            console.print(f"[yellow]  {text}: groups {_some(ids)}[/]")
+            _point(console, f"[yellow]{_some(ids)} {text}[/]")
     for reason, failed in _by_reason(proof).items():
-        console.print(f"[yellow]  kept whole, {escape(reason)}: groups {_some(failed)}[/]")
+        _point(console, f"[yellow]{_some(failed)} kept whole: {escape(reason)}[/]")
     if proof.commuting is not None:
-        console.print(f"  pruning a permuted model gives the same outputs: {proof.commuting:.1e}")
+        _point(console, f"pruning a permuted model gives the same outputs: {proof.commuting:.1e}")
     if proof.masked is not None:
-        console.print(f"  the original with zeros in place of the units gives the same outputs: {proof.masked:.1e}")
+        _point(console, f"the original with zeros in place of the units gives the same outputs: {proof.masked:.1e}")
     if proof.statistics:
-        console.print(f"  {len(proof.statistics)} also change a mean, variance, maximum or softmax: groups {_some(proof.statistics)}")
+        _point(console, f"{_some(proof.statistics)} also in a mean, variance, maximum or softmax, which zeros would not leave alone")
     if proof.matches is not None:
-        same = proof.matches <= proof.tolerance
-        text = "is what the plan leaves" if same else "has the plan's shapes and other weights (trained on or compensated)"
-        console.print(f"  the pruned model {text}: {proof.matches:.1e}")
+        text = "is what the plan leaves" if _same(proof) else "has the plan's shapes and other weights (trained on or compensated)"
+        _point(console, f"the pruned model {text}: {proof.matches:.1e}")
+    if proof.pinned:
+        _point(console, f"[yellow]{escape('; '.join(proof.pinned))}: {PINNED}[/]")
+
+
+PINNED = (
+    "open in the file, and the model runs at no other size, as its exporter wrote the traced one into it. The file works at that size "
+    "alone, pruned or not, and some groups may stay whole for it. Export it again with that axis dynamic "
+    "(torch.onnx.export(…, dynamo=True, dynamic_shapes=…)), or fixed"
+)
+
+
+def verdict(proof: Proof) -> str:
+    """What the proof comes to, in words."""
+    kept = len(proof.frozen) + len(proof.unexercised)
+    but = f"; {kept} {'group' if kept == 1 else 'groups'} without proof stay{'s' if kept == 1 else ''} whole" if kept else ""
+    if not (proof.proven or proof.unchecked):
+        return f"nothing is proven{but}"
+    if proof.matches is not None and not _same(proof):
+        return f"the proof holds for the plan's surgery; the pruned model has its shapes and weights of its own{but}"
+    if proof.commuting is not None or proof.masked is not None:
+        return f"the proof holds: the surgery leaves the original minus the removed units{but}"
+    return f"the proof holds: the units of each group can change places, and the outputs stay as they were{but}"
+
+
+def _point(console: Console, text: str) -> None:
+    """Indented, where it takes several lines too."""
+    console.print(Padding(text, (0, 0, 0, 2), expand=False))
+
+
+def _same(proof: Proof) -> bool:
+    return proof.matches is None or proof.matches <= proof.tolerance
+
+
+def _branches(count: int) -> str:
+    return f"{count} residual branch{'' if count == 1 else 'es'}"
 
 
 def _by_reason(proof: Proof) -> dict[str, list[int]]:
@@ -152,7 +182,10 @@ def _by_reason(proof: Proof) -> dict[str, list[int]]:
 
 
 def _some(ids: Sequence[int]) -> str:
-    return ", ".join(map(str, ids[:8])) + (" …" if len(ids) > 8 else "")
+    return ("group " if len(ids) == 1 else "groups ") + ", ".join(map(str, ids[:8])) + (" …" if len(ids) > 8 else "")
+
+
+SLOWER = 1.03  # times the original's latency; less is how clocks vary
 
 
 def hint_alignment(console: Console, measured: Sequence[Measurement], result: Result) -> None:
@@ -161,11 +194,19 @@ def hint_alignment(console: Console, measured: Sequence[Measurement], result: Re
     given = result.plan.options
     unaligned = given.get("align") == 1 and given.get("target") is None and result.latency is None
     if unaligned and after > 0.9 * before:
-        what = "slower" if after > before else "hardly faster"
+        what = "slower" if after >= SLOWER * before else "hardly faster"
         console.print(
             f"[yellow]smaller, but {what}: fast kernels want widths that are multiples of 8 or 16; try --target cpu (or cuda, tensorrt), "
             "or --of latency[/]"
         )
+
+
+FIDELITY = {"cosine": ("cosine", "{:.4f}"), "SQNR, dB": ("sqnr", "{:.1f}"), "KL": ("kl", "{:.2g}"), "same top-1": ("agreement", "{:.1%}")}
+
+
+def _fidelity_titles(console: Console) -> list[str]:
+    """Of pairs of figures only so many as stand in one line."""
+    return [title for title in FIDELITY if title != "KL" or console.width >= NARROW]
 
 
 def show_compensation(console: Console, result: Result) -> None:
@@ -177,15 +218,11 @@ def show_compensation(console: Console, result: Result) -> None:
     fitted = f", {len(result.refits) - pairs} layers fitted" if result.refits else ""
     fitted += f", {pairs} of them refined with the layer before" if pairs else ""
     console.print(f"compensation: {result.plan.options.get('compensation')}{fitted}; on {after.samples} calibration samples:")
-    table = _table(("output", "left"), *((title, "right") for title in ("cosine", "SQNR", "KL", "same top-1")))
+    titles = _fidelity_titles(console)
+    table = table_of(("output", "left"), *((title, "right") for title in titles))
     for old, new in zip(before.outputs, after.outputs, strict=True):
-        columns = (
-            (old.cosine, new.cosine, "{:.4f}"),
-            (old.sqnr, new.sqnr, "{:.1f} dB"),
-            (old.kl, new.kl, "{:.3g}"),
-            (old.agreement, new.agreement, "{:.1%}"),
-        )
-        row = ["–" if a is None or b is None else f"{form.format(a)} → [bold]{form.format(b)}[/]" for a, b, form in columns]
+        pairs_of = [(getattr(old, field), getattr(new, field), form) for field, form in map(FIDELITY.__getitem__, titles)]
+        row = ["–" if a is None or b is None else f"{form.format(a)} → [bold]{form.format(b)}[/]" for a, b, form in pairs_of]
         table.add_row(escape(new.output), *row)
     if table.row_count:
         console.print(table)
@@ -199,9 +236,9 @@ def show_evaluation(console: Console, found: Evaluation) -> None:
         console.print(f"metric on {found.samples} samples: {found.metric_before:.4g} → [bold]{found.metric_after:.4g}[/]")
     if found.agreement is not None:
         console.print(f"same class as the original: {found.agreement:.2%} of {found.samples} samples")
-    table = _table(("output", "left"), *((title, "right") for title in ("cosine", "SQNR", "KL", "same top-1")))
+    table = table_of(("output", "left"), *((title, "right") for title in FIDELITY))
     for output in found.outputs:
-        row = ((output.cosine, "{:.4f}"), (output.sqnr, "{:.1f} dB"), (output.kl, "{:.3g}"), (output.agreement, "{:.2%}"))
+        row = [(getattr(output, field), form) for field, form in FIDELITY.values()]
         table.add_row(escape(output.output), *("–" if value is None else form.format(value) for value, form in row))
     if table.row_count:
         console.print(table)

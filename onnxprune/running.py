@@ -6,6 +6,7 @@ fusion (Pad into MaxPool) changes results.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,13 @@ from onnxprune.scopes import all_graphs, subgraphs
 
 Arrays = Mapping[str, np.ndarray]
 STRETCH = 1 << 22  # numbers that are moved at a time, of arrays that are large
+LOADING = "onnxruntime does not load the model"
+REASON = 300  # characters of a reason
+_NOISE = (  # of its messages: its own code, and where in its sources it was
+    (re.compile(r"\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : "), ""),
+    (re.compile(r"Non-zero status code returned while running (\w+) node\. Name:'([^']*)' Status Message: "), r"\1 node '\2': "),
+    (re.compile(r"/\S+\.(?:h|hpp|cc|cpp):\d+ (?:[^()\s][^()]*?\((?:[^()]|\([^()]*\))*\) )?"), ""),
+)
 LEAST, MOST = 1e-3, 2.5e-2  # standard deviations of a value: what always counts as equal, and what never does
 _WIDE = (TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
@@ -46,11 +54,16 @@ def session(proto: ModelProto, provider: str = "CPUExecutionProvider", optimize:
     except OnnxPruneError:
         raise
     except Exception as error:
-        raise OnnxPruneError(f"onnxruntime does not load the model ({first_line(error)})", 4) from error
+        raise OnnxPruneError(f"{LOADING} ({first_line(error)})", 4) from error
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """What onnxruntime says, without the places in its own sources; a long one ends at a word, with `…` (`-v` shows all of it)."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    for noise, instead in _NOISE:
+        text = noise.sub(instead, text)
+    text = text or type(error).__name__
+    return text if len(text) <= REASON else text[:REASON].rsplit(" ", 1)[0].rstrip(",;:") + " …"
 
 
 def as_float32(proto: ModelProto) -> ModelProto:

@@ -37,6 +37,24 @@ class Piece:
                 found[name] = array[(slice(None),) * axis + (slice(number, number + 1),)]
         return found
 
+    @property
+    def labels(self) -> np.ndarray | None:
+        """One a sample, along axis 0; None where there are none.  Raises OnnxPruneError where there are not as many as samples."""
+        labels = self.extras.get("labels")
+        if labels is None or not self.layout.axes:
+            return labels
+        if self.layout.bare:
+            return labels[None]
+        self._check_count(labels)
+        return labels
+
+    def _check_count(self, labels: np.ndarray) -> None:
+        if labels.shape[:1] != (self.layout.count,):
+            shape = list(labels.shape)
+            raise OnnxPruneError(
+                f"{self.where}: has labels of the shape {shape} for {self.layout.count} samples; there must be one a sample"
+            )
+
     def beside(self, number: int) -> Feeds:
         """The extras of one sample, 1 along axis 0; whole arrays where the sample is the whole piece.
 
@@ -46,12 +64,8 @@ class Piece:
             return dict(self.extras)
         if self.layout.bare:
             return {name: array[None] for name, array in self.extras.items()}
-        labels = self.extras.get("labels")
-        if labels is not None and labels.shape[:1] != (self.layout.count,):
-            shape = list(labels.shape)
-            raise OnnxPruneError(
-                f"{self.where}: has labels of the shape {shape} for {self.layout.count} samples; there must be one a sample"
-            )
+        if "labels" in self.extras:
+            self._check_count(self.extras["labels"])
         return {n: a[number : number + 1] for n, a in self.extras.items() if a.shape[:1] == (self.layout.count,)}
 
 
@@ -114,6 +128,11 @@ class Samples:
                 waiting = []
         if waiting and self.at_once is None:
             yield waiting, axes
+
+    @property
+    def first(self) -> Piece:
+        """The piece that holds the first sample."""
+        return self._source.find(int(self._chosen[0]))[0]
 
     def part(self, start: int, stop: int) -> Samples:
         """The samples from `start` up to `stop`, negative numbers from the end, as in a slice."""

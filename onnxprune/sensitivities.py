@@ -19,15 +19,18 @@ from onnxprune.errors import OnnxPruneError
 from onnxprune.evaluation import Metric
 from onnxprune.external import AT_ONCE
 from onnxprune.grouping import Grouping, group
-from onnxprune.importer import load
+from onnxprune.importer import load, read
 from onnxprune.keeping import counted, digest_of, keep, key_of, read_kept
+from onnxprune.naming import group_names
 from onnxprune.plans import Plan
-from onnxprune.quality import Compare, evaluator, quality
+from onnxprune.quality import Evaluator, evaluator, quality
+from onnxprune.quantized import in_floats
 from onnxprune.rewriter import Widths
 from onnxprune.running import Arrays
 from onnxprune.samples import Samples
 from onnxprune.scoping import may_go
 from onnxprune.selection import AUTO, PCA, check_criterion, scored
+from onnxprune.sizing import sized
 from onnxprune.study import Study
 
 KIND = "sensitivity"
@@ -53,7 +56,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """ratios: as asked for; points: by group and number removed; tensors: {group: the first tensor of each}.
+    """ratios: as asked for; points: by group and number removed; tensors, names: {group: the first tensor of each, and what people
+    call it}.
 
     measure: what `quality` is (`quality.Quality`), None where nothing was evaluated; before: the original's; skipped: groups that the
     inputs do not exercise, and so stay whole.
@@ -63,6 +67,7 @@ class Sensitivity:
     ratios: tuple[float, ...]
     points: tuple[Point, ...]
     tensors: Mapping[int, str]
+    names: Mapping[int, str]
     measure: str | None
     before: float | None
     skipped: tuple[int, ...]
@@ -70,6 +75,7 @@ class Sensitivity:
 
     def to_json(self) -> dict[str, Any]:
         """The format of docs/exploring.md, which is that of the state file too."""
+        naming = {"tensor": self.tensors, "name": self.names}
         return {
             "format": 1,
             "kind": KIND,
@@ -79,7 +85,7 @@ class Sensitivity:
             "measure": self.measure,
             "before": self.before,
             "skipped": list(self.skipped),
-            "points": [asdict(point) | {"tensor": self.tensors.get(point.group)} for point in self.points],
+            "points": [asdict(point) | {n: known.get(point.group) for n, known in naming.items()} for point in self.points],
         }
 
 
@@ -123,17 +129,19 @@ def sensitivity(
         raise OnnxPruneError("--metric says how the samples of --eval are used; give --eval too")
     if progress:
         progress("reading the model")
-    loaded = load(model, feeds, input_shapes, AT_ONCE if memory is None else memory)
-    loaded.external.need_memory(loaded.name, "sensitivity")
+    file = read(model, AT_ONCE if memory is None else memory)
+    file.external.need_memory(file.name, "sensitivity")
+    loaded = load(file, feeds, sized(file.proto, feeds, input_shapes, [calibration, evaluation], preprocess))
     data = read_calibration(calibration, loaded, preprocess=preprocess, limit=samples, seed=seed)
     if not data.count:
         raise OnnxPruneError("--calibration none: there is nothing to measure on; give samples, or 'noise'")
     compare = evaluator(loaded, evaluation, preprocess, metric, seed) if evaluation is not None else None
-    judged = read_calibration(evaluation, loaded, preprocess=preprocess, seed=seed + 1) if evaluation is not None else None
+    if compare is not None:
+        compare.expect(loaded)
     key = key_of(
         model,
         calibration=digest_of(data, calibration),
-        eval=None if judged is None else digest_of(judged, evaluation),
+        eval=None if compare is None else digest_of(compare.samples, evaluation),
         metric=getattr(metric, "__name__", metric),
         criterion=criterion,
         seed=seed,
@@ -149,12 +157,20 @@ def sensitivity(
     chosen, _ = may_go(grouping, scope, exclude, {})
     if not chosen - idle:
         raise OnnxPruneError(f"{loaded.name}: no group is left to measure; see `onnxprune groups`", 3)
+    names = group_names(grouping)
+    tensors = {g.id: g.members[0].tensor for g in grouping.groups}
+    floats = in_floats(grouping, feeds, lambda one: at_granularity(group(one, allow_io), "channel"))
+    if floats is not None:  # integers say nothing of a unit's size, and cannot be updated
+        grouping = replace(floats[0], groups=tuple(replace(g, id=floats[1][g.id]) for g in floats[0].groups))
     grouping = replace(grouping, groups=tuple(g for g in grouping.groups if g.id in chosen - idle))
+    if not grouping.groups:
+        raise OnnxPruneError(f"{loaded.name}: no group is left to measure; see `onnxprune groups`", 3)
     found = Sensitivity(
         model=loaded.name,
         ratios=tuple(ratios),
         points=tuple(_points(kept)),
-        tensors={g.id: g.members[0].tensor for g in grouping.groups},
+        tensors={g.id: tensors[g.id] for g in grouping.groups},
+        names={g.id: names[g.id] for g in grouping.groups},
         measure=kept.get("measure"),
         before=kept.get("before"),
         skipped=tuple(sorted(chosen & idle)),
@@ -179,7 +195,7 @@ def _measured(
     data: Samples,
     criterion: str,
     seed: int,
-    compare: Compare | None,
+    compare: Evaluator | None,
     state: str | os.PathLike[str] | None,
     progress: Callable[[str], None] | None,
 ) -> Sensitivity:

@@ -6,6 +6,7 @@ shape is computed at run time is folded here and inferred again; what is still o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from onnxprune.folding import SMALL, Folded, Shape, fold
 from onnxprune.passing import Passing, opset_of
 from onnxprune.scopes import flow
 from onnxprune.sequences import Partial, Sequences
+from onnxprune.traced import written_sizes
+
+SIZES = (2, 32, 64, 224)  # that open axes take, the first that runs
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ def infer(
     symbolic = any(not _static(v) for v in inputs)
     free = symbolic and any(v.name not in given for v in inputs)
     problem, symbols = "", _symbols(inputs, given)
-    for size in (2, 32, 64, 224) if free else (2,):
+    outputs, last = {v.name for v in proto.graph.output}, None
+    for size in SIZES if free else SIZES[:1]:
         shapes = {v.name: given.get(v.name) or concrete(v, size, symbols) for v in inputs}
         for value in inputs:
             declared = value.type.tensor_type.shape.dim
@@ -61,16 +66,35 @@ def infer(
                 )
                 if not fits:
                     wanted = [d.dim_value or d.dim_param or "?" for d in declared]
-                    raise OnnxPruneError(f"{name}: input '{value.name}' is {wanted}, the feed is {list(given[value.name])}")
+                    raise OnnxPruneError(
+                        f"{name}: input '{value.name}' takes {wanted}, not {list(given[value.name])}; mend --feeds or --input-shape"
+                    )
         try:
             found = _infer_at(proto, nodes, tensors, shapes, feeds, symbolic)
-            if free and size != 224 and any(not d.dim_value for v in inputs for d in v.type.tensor_type.shape.dim[1:]):
-                outputs = {v.name for v in proto.graph.output}
+            if free and any(not d.dim_value for v in inputs for d in v.type.tensor_type.shape.dim[1:]):
+                last = found
                 _seen(proto, outputs, shapes, feeds)  # inference may take a size that no run does
             return found
         except ValueError as error:
-            problem = str(error).splitlines()[0][:200]
-    raise OnnxPruneError(f"{name}: does not run on inputs of {shapes} ({problem}); give --feeds or --input-shape that it takes")
+            from onnxprune.running import first_line
+
+            problem = first_line(error)
+    for size, batch in itertools.product(written_sizes(nodes, tensors), (2, 1)) if free else ():
+        stand = _symbols(inputs, given, batch)
+        other = {v.name: given.get(v.name) or concrete(v, size, stand, batch) for v in inputs}
+        try:
+            _seen(proto, outputs, other, feeds)
+            return _infer_at(proto, nodes, tensors, other, feeds, symbolic)
+        except ValueError:
+            continue
+    if last is not None:
+        return last
+    said = ", ".join(f"{k} {list(v)}" for k, v in shapes.items())
+    tried = f" (nor on {', '.join(map(str, SIZES[:-1]))}, nor on sizes that stand in the file)" if free else ""
+    raise OnnxPruneError(
+        f"{name}: does not run on inputs of {said}{tried}: {problem}; give inputs that it takes with --feeds, or their sizes with "
+        "--input-shape (where an exporter wrote the traced length into the file, that length)"
+    )
 
 
 _RESIZING = {"Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "Scan", "SequenceAt", "Unique"}
@@ -82,20 +106,42 @@ def _sized_by_data(nodes: Sequence[NodeProto], inputs: Iterable[onnx.ValueInfoPr
     return any(node.op_type in _RESIZING for node in nodes) or any(True for _ in numbers)
 
 
-def concrete(value: onnx.ValueInfoProto, size: int, symbols: Mapping[str, int] | None = None) -> Shape:
-    """The declared shape; symbols are what they stand for, another open first axis (the batch) is 2 and other open axes are `size`."""
+def concrete(value: onnx.ValueInfoProto, size: int, symbols: Mapping[str, int] | None = None, batch: int = 2) -> Shape:
+    """The declared shape; symbols are what they stand for, another open first axis is `batch` and other open axes are `size`."""
     dims = value.type.tensor_type.shape.dim
     known = symbols or {}
-    return tuple(d.dim_value or known.get(d.dim_param) or (2 if i == 0 else size) for i, d in enumerate(dims))
+    return tuple(d.dim_value or known.get(d.dim_param) or (batch if i == 0 else size) for i, d in enumerate(dims))
 
 
-def _symbols(inputs: Sequence[onnx.ValueInfoProto], given: Mapping[str, Shape]) -> dict[str, int]:
-    """What symbols stand for in all inputs: as in the shapes given, else 2 where they are the first axis (the batch) of any."""
-    found = {d.dim_param: 2 for v in inputs for d in list(v.type.tensor_type.shape.dim)[:1] if d.dim_param}
+def _symbols(inputs: Sequence[onnx.ValueInfoProto], given: Mapping[str, Shape], batch: int = 2) -> dict[str, int]:
+    """What symbols stand for in all inputs: as in the shapes given, else `batch` where they are the first axis of any."""
+    found = {d.dim_param: batch for v in inputs for d in list(v.type.tensor_type.shape.dim)[:1] if d.dim_param}
     for value in inputs:
         for d, n in zip(value.type.tensor_type.shape.dim, given.get(value.name, ()), strict=False):
             if d.dim_param:
                 found[d.dim_param] = n
+    return found
+
+
+def left_open(inputs: Sequence[onnx.ValueInfoProto], given: Mapping[str, Shape]) -> list[onnx.ValueInfoProto]:
+    """The inputs that have sizes besides the batch which neither the file nor the shapes given for inputs say."""
+    known = _symbols(inputs, given)
+
+    def unknown(value: onnx.ValueInfoProto) -> bool:
+        kind = value.type.tensor_type
+        return not kind.HasField("shape") or any(i and not d.dim_value and d.dim_param not in known for i, d in enumerate(kind.shape.dim))
+
+    return [v for v in inputs if v.name not in given and v.type.HasField("tensor_type") and unknown(v)]
+
+
+def completed(inputs: Sequence[onnx.ValueInfoProto], given: Mapping[str, Shape], told: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The shapes given, and for the other inputs those `told`; a symbol that the given ones say keeps its size."""
+    named = {v.name: list(v.type.tensor_type.shape.dim) for v in inputs}
+    said = {d.dim_param: n for k, shape in given.items() for d, n in zip(named.get(k, []), shape, strict=False) if d.dim_param}
+    found = dict(given)
+    for name in named.keys() & told.keys() - given.keys():
+        dims = named[name] or [onnx.TensorShapeProto.Dimension()] * len(told[name])
+        found[name] = tuple(d.dim_value or said.get(d.dim_param) or n for d, n in zip(dims, told[name], strict=True))
     return found
 
 

@@ -24,6 +24,7 @@ from onnxprune.running import Arrays, first_line
 Kernels = dict[str, float]
 LOW = 10  # the percentile of runs that counts: what others do on the machine only ever adds
 BLOCKED = "_nchwc"  # what onnxruntime puts after a value's name to name the kernel that makes it in a blocked layout
+REMEDY = "see that it runs with that --provider, or ask for another budget with --of"
 
 
 class Timer(Protocol):
@@ -122,7 +123,7 @@ class Stopwatch:
         except OnnxPruneError:
             raise
         except Exception as error:
-            raise OnnxPruneError(f"onnxruntime does not load the model to time it ({first_line(error)})", 4) from error
+            raise OnnxPruneError(f"onnxruntime does not load the model to time it ({first_line(error)}); {REMEDY}") from error
 
     def _run(self, session: ort.InferenceSession) -> Callable[[], object]:
         values = {}
@@ -138,7 +139,7 @@ class Stopwatch:
             try:
                 return session.run_with_ort_values(None, values)
             except Exception as error:
-                raise OnnxPruneError(f"onnxruntime does not run the model to time it ({first_line(error)})", 4) from error
+                raise OnnxPruneError(f"onnxruntime does not run the model to time it ({first_line(error)}); {REMEDY}") from error
 
         return run
 

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,15 +27,16 @@ from onnxprune import api
 from onnxprune.allocations import LATENCY, check_allocation, check_ratio
 from onnxprune.benchmark import benchmark
 from onnxprune.calibration import read_calibration
-from onnxprune.errors import OnnxPruneError
+from onnxprune.errors import OnnxPruneError, OnnxPruneWarning
 from onnxprune.evaluation import Metric
 from onnxprune.external import AT_ONCE
-from onnxprune.importer import Model, load
+from onnxprune.importer import Model, load, read
 from onnxprune.keeping import counted, digest_of, keep, key_of, read_kept
 from onnxprune.quality import evaluator, quality
 from onnxprune.running import Arrays
 from onnxprune.selection import check_criterion
 from onnxprune.shapes import seeded_feeds
+from onnxprune.sizing import check_sized, sized
 from onnxprune.stopwatch import check_device
 from onnxprune.writing import check_target, write_model, write_text
 
@@ -91,6 +93,7 @@ def sweep(
     jobs: int | None = None,
     seconds: float = 1.0,
     provider: str = "CPUExecutionProvider",
+    threads: int = 1,
     feeds: Arrays | None = None,
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     seed: int = 0,
@@ -102,8 +105,9 @@ def sweep(
     output: a folder, made where it is missing, for each point's model and plan and for results.json; points whose model and row are
     there are not made again.  criteria, allocations: `prune`'s own choice where they are empty; options: the other ones of `prune`.
     Quality is measured on the evaluation samples, else on the calibration samples, else on noise: `quality.Quality`.
-    jobs: processes side by side (-1: a core each); None: 1, or what `joblib.parallel_config` says.  seconds: for the latency of each
-    model, measured here, one after the other, taking turns with the original; 0: not measured.
+    jobs: processes side by side (-1: a core each); None: 1, or what `joblib.parallel_config` says; 1 where latency is the budget, as
+    points that are timed would slow each other.  seconds: for the latency of each model, measured here with onnxruntime's `provider`
+    and `threads`, one after the other, taking turns with the original; 0: not measured.
 
     A point that fails does not stop the others: its `error` says why.  Raises OnnxPruneError for bad input, for a folder with points of
     another model, other samples or other options, and where all points fail.
@@ -112,15 +116,23 @@ def sweep(
         raise TypeError(f"sweep: prune has no option '{min(unknown)}'")
     if jobs == 0:
         raise OnnxPruneError("jobs is 0; it is a number of processes, or -1 for one a core")
+    if options.get("of") == LATENCY:
+        if jobs not in (None, 1):
+            raise OnnxPruneError(f"jobs is {jobs}, and points that are timed side by side slow each other; with --of latency it is 1")
+        jobs = 1
     for ratio in ratios:
         check_ratio(ratio)
     folder = Path(output).absolute()
     memory = AT_ONCE if options.get("memory") is None else options["memory"]
     options.pop("memory", None)
     if seconds > 0 or options.get("of") == LATENCY:
-        check_device(provider, options.get("threads", 1))
-    loaded = load(model, feeds, input_shapes, memory)
-    loaded.external.need_memory(loaded.name, "a sweep")
+        check_device(provider, threads)
+    file = read(model, memory)
+    file.external.need_memory(file.name, "a sweep")
+    sizes = sized(file.proto, feeds, input_shapes, [calibration, evaluation], preprocess)
+    if options.get("of") == LATENCY:
+        check_sized(file.proto, file.name, feeds, sizes)
+    loaded = load(file, feeds, sizes)
     names = [(ratio, criterion, rule) for criterion in criteria or (None,) for rule in allocations or (None,) for ratio in sorted(ratios)]
     for _, criterion, rule in names:
         if criterion is not None:
@@ -128,19 +140,22 @@ def sweep(
         if rule is not None:
             check_allocation(rule, calibration not in (None, "none"))
     judged = evaluation if evaluation is not None else calibration if calibration not in (None, "none") else "noise"
-    evaluator(loaded, judged, preprocess, metric, seed)  # what is wrong with it is said before any work is done
+    compare = evaluator(loaded, judged, preprocess, metric, seed)  # what is wrong with it is said before any work is done
+    if evaluation is not None:
+        compare.expect(loaded)
     given = "none" if calibration is None else calibration
     data = read_calibration(given, loaded, preprocess=preprocess if calibration is not None else None, limit=samples, seed=seed)
     key = key_of(
         model,
         calibration=None if calibration is None else digest_of(data, given),
-        eval=digest_of(read_calibration(judged, loaded, preprocess=preprocess, seed=seed + 1), judged),
+        eval=digest_of(compare.samples, judged),
         metric=getattr(metric, "__name__", metric),
         input_shapes={k: list(v) for k, v in loaded.input_shapes.items()},
         preprocess=preprocess,
         samples=samples,
         seed=seed,
         provider=provider,
+        threads=threads,
         **options,
     )
     kept = read_kept(folder / RESULTS, KIND, key, "give another folder with -o, or remove that one")
@@ -154,14 +169,22 @@ def sweep(
         metric=metric,
         calibrated={} if calibration is None else {"calibration": _absolute(calibration), "preprocess": preprocess, "samples": samples},
         preprocess=preprocess,
-        options={**options, "seed": seed, "feeds": feeds, "input_shapes": input_shapes, "memory": memory, "provider": provider},
+        options={
+            **options,
+            "seed": seed,
+            "feeds": feeds,
+            "input_shapes": sizes,
+            "memory": memory,
+            "provider": provider,
+            "threads": threads,
+        },
     )
     found = _made(found, task, {_name(*name): name for name in names}, rows, jobs, progress)
     for row in rows.values() if seconds > 0 else ():
         if row["error"] is None and row["latency"] is None:
             if progress:
                 progress(f"measuring latency of {row['model']}")
-            row |= _latency(source, folder / row["model"], loaded, feeds, provider, seconds)
+            row |= _latency(source, folder / row["model"], loaded, feeds, provider, threads, seconds)
             keep(_marked(found, rows).to_json(), folder / RESULTS)
     found = _marked(found, rows)
     keep(found.to_json(), folder / RESULTS)
@@ -197,7 +220,7 @@ def _made(
         check_target(found.folder / f"{name}.onnx", task.source)
     tell = counted(len(wanted), len(wanted) - len(missing), "points", progress)
     try:
-        run = Parallel(n_jobs=jobs, return_as="generator_unordered")
+        run = Parallel(n_jobs=jobs, backend="sequential" if jobs == 1 else None, return_as="generator_unordered")
         for row, original in run(delayed(task)(name, *point) for name, point in missing.items()):
             rows[row["name"]] = row
             found = _marked(replace(found, measure=original.pop("measure", found.measure), original=original or found.original), rows)
@@ -252,7 +275,8 @@ class Task:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's business, which ends its processes
         row: Row = {"name": name, "ratio": ratio, "criterion": criterion, "allocation": rule, "error": None, "exit_code": 0}
         try:
-            with parallel_config(backend="threading"):  # what is parallel inside a point stays in its process
+            with parallel_config(backend="threading"), warnings.catch_warnings():  # what is parallel inside a point stays in its process
+                warnings.simplefilter("ignore", OnnxPruneWarning)  # of the samples, which `sweep` has said
                 return self._made(row)
         except OnnxPruneError as error:
             return row | {"error": str(error), "exit_code": error.exit_code}, {}
@@ -289,13 +313,13 @@ class Task:
         return row, {**costs, "quality": judged.before, "measure": judged.measure}
 
 
-def _latency(source: str, pruned: Path, model: Model, feeds: Arrays | None, provider: str, seconds: float) -> Row:
+def _latency(source: str, pruned: Path, model: Model, feeds: Arrays | None, provider: str, threads: int, seconds: float) -> Row:
     """Median seconds of one run of the pruned model and of the original, taking turns; a note where that does not work."""
     given = seeded_feeds(model.proto, model.input_shapes)
     if feeds is not None:
         given = {name: np.asarray(feeds[name]).astype(array.dtype) for name, array in given.items()}
     try:
-        before, after = benchmark([source, pruned], given, provider=provider, seconds=seconds, memory=False)
+        before, after = benchmark([source, pruned], given, provider=provider, threads=threads, seconds=seconds, memory=False)
     except OnnxPruneError as error:
         return {"note": f"no latency ({error})"}
     return {"latency": after.latency_median_s, "latency_before": before.latency_median_s}

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from onnxprune.grouping import Group
 from onnxprune.inspection import Inspection, Layer
+from onnxprune.naming import group_names
 from onnxprune.sensitivities import Point, Sensitivity, removed
 from onnxprune.sweeping import COSTS, Sweep
+from onnxprune.terminal import NARROW
+from onnxprune.terminal import table as table_of
 
 LARGEST = 30  # layers that are listed at most, unless all are asked for
 LEAST = 0.005  # of the MACs or of the parameters, which a layer has to be listed
-WIDE = 110  # characters from which on shapes are shown
-
-
-def _table(*columns: tuple[str, str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title, side in columns:
-        table.add_column(title, justify="right" if side == "right" else "left", overflow="fold")
-    return table
+WIDE = 110  # characters from which on shapes and numbers are shown beside shares
 
 
 def show_inspection(console: Console, found: Inspection, everything: bool = False) -> None:
@@ -42,20 +35,26 @@ def _show_layers(console: Console, found: Inspection, everything: bool) -> None:
     shown = list(found.layers) if everything else [one for one in found.layers if max(_shares(found, one)) >= LEAST]
     largest = sorted(shown, key=lambda one: -sum(_shares(found, one)))[: len(shown) if everything else LARGEST]
     shown = [layer for layer in shown if layer in largest]
-    wide = console.width >= WIDE
-    columns = (("layer", "left"), ("operator", "left"), *((("weights", "left"), ("output", "left")) if wide else ()))
-    table = _table(*columns, ("parameters", "right"), ("", "right"), ("MACs", "right"), ("", "right"), ("groups", "left"))
-    for column in (*table.columns[1:2], *table.columns[-5:-1]):
+    left, right = "left", "right"
+    columns = [("layer", left), ("parameters", right), ("MACs", right), ("groups", left)]
+    wide, narrow = console.width >= WIDE, console.width < NARROW
+    if wide:
+        numbers = [("parameters", right), ("", right), ("MACs", right), ("", right)]
+        columns[1:3] = [("weights", left), ("output", left), *numbers]
+    if not narrow:
+        columns.insert(1, ("operator", left))
+    table = table_of(*columns)
+    for column in table.columns[1:2]:
         column.no_wrap = True
     for layer in shown:
         weight = max((shape for _, shape in layer.weights), key=lambda s: (len(s), s), default=())
         groups = ", ".join(map(str, layer.groups[:6])) + (" …" if len(layer.groups) > 6 else "")
-        table.add_row(
-            *(escape(layer.name), layer.op, *(("×".join(map(str, weight)), "×".join(map(str, layer.output))) if wide else ())),
-            *(f"{layer.parameters:,}" if layer.parameters else "", _share(layer.parameters, found.parameters)),
-            *(f"{layer.macs:,}" if layer.macs else "", _share(layer.macs, found.macs)),
-            groups if layer.groups else f"fixed: {escape(layer.fixed or '')}",
-        )
+        cells = [_share(layer.parameters, found.parameters), _share(layer.macs, found.macs)]
+        if wide:
+            counts = [f"{count:,}" if count else "" for count in (layer.parameters, layer.macs)]
+            cells = ["×".join(map(str, weight)), "×".join(map(str, layer.output)), counts[0], cells[0], counts[1], cells[1]]
+        operator = [] if narrow else [layer.op]
+        table.add_row(escape(layer.name), *operator, *cells, groups if layer.groups else f"fixed: {escape(layer.fixed or '')}")
     console.print(table)
     if len(shown) < len(found.layers):
         console.print(f"the {len(shown)} largest of {len(found.layers)} layers; -v lists all")
@@ -91,20 +90,17 @@ def _show_groups(console: Console, found: Inspection) -> None:
     if not groups:
         console.print("[yellow]nothing can be pruned[/]")
         return
-    table = _table(
-        ("group", "right"), ("units", "right"), ("kind", "left"), ("tensors", "left"), ("MACs", "right"), ("parameters", "right")
-    )
+    wide, names = console.width >= NARROW, group_names(found.grouping)
+    kind = (("kind", "left"),) if wide else ()
+    table = table_of(("group", "right"), ("units", "right"), *kind, ("tensors", "left"), ("MACs", "right"), ("parameters", "right"))
     for group in groups:
         share = found.alone[group.id]
-        note = " (not exercised: stays whole)" if group.id in idle else ""
-        table.add_row(str(group.id), str(group.units), group.kind, _where(group) + note, f"{share.macs:.1%}", f"{share.parameters:.1%}")
+        kinds = (group.kind,) if wide else ()
+        note = " (not exercised by these inputs: stays whole; see --feeds)" if group.id in idle else ""
+        name = escape(names[group.id]) + note
+        table.add_row(str(group.id), str(group.units), *kinds, name, f"{share.macs:.1%}", f"{share.parameters:.1%}")
     console.print(table)
     console.print("shares: what would go with this group alone, down to --min-keep")
-
-
-def _where(group: Group) -> str:
-    names = list(dict.fromkeys(m.tensor for m in group.members))
-    return escape(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _show_fixed(console: Console, found: Inspection) -> None:
@@ -147,16 +143,21 @@ def show_sensitivity(console: Console, found: Sensitivity) -> None:
     if found.before is not None:
         console.print(f"{found.measure} of the original: {_quality(found.measure, found.before)}")
     ratios = [(f"{ratio:.4g}", "right") for ratio in found.ratios]
-    table = _table(("group", "right"), ("units", "right"), ("tensor", "left"), *ratios)
+    wide = console.width >= 45 + 10 * len(ratios)  # else the names stand below
+    table = table_of(("group", "right"), *((("units", "right"), ("tensor", "left")) if wide else ()), *ratios)
     for group in sorted(by_group, key=lambda g: -max(_moved(p) for p in by_group[g])):
         own = {point.removed: point for point in by_group[group]}
         units = by_group[group][0].units
         cells = [_cell(own[removed(units, ratio)], found.measure) for ratio in found.ratios]
-        table.add_row(str(group), str(units), escape(found.tensors.get(group, "")), *cells)
+        table.add_row(str(group), *((str(units), escape(found.names.get(group, ""))) if wide else ()), *cells)
     console.print(table)
+    for group in () if wide else sorted(by_group):
+        console.print(f"  group {group}: {escape(found.names.get(group, ''))}, {by_group[group][0].units} units", soft_wrap=True)
     console.print("change: mean squared change of the outputs by their variance; 1 is as much as they vary themselves")
     if found.skipped:
-        console.print(f"[yellow]not exercised by the inputs, so left out: groups {', '.join(map(str, found.skipped))}[/]")
+        console.print(
+            f"[yellow]not exercised by the inputs, so left out (give inputs that do with --feeds): {', '.join(map(str, found.skipped))}[/]"
+        )
 
 
 def _cell(point: Point, measure: str | None) -> str:
@@ -179,7 +180,7 @@ def show_sweep(console: Console, found: Sweep) -> None:
     ways = sorted({f"{point['criterion']} by {point['allocation']}" for point in made})
     original = _quality(measure, found.original["quality"])
     console.print(f"[bold]{escape(found.model)}[/], {escape(', '.join(ways))}: {measure} of the original {original}")
-    table = _table(("point", "left"), *((title, "right") for title in ("MACs", "parameters", "latency", measure)))
+    table = table_of(("point", "left"), *((title, "right") for title in ("MACs", "parameters", "latency", measure)))
     for point in made:
         shares = []
         for cost in COSTS:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxprune.errors import OnnxPruneWarning
+
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+
+NARROW = 80  # characters below which tables leave out what is said elsewhere too
 
 
 def complain(text: str) -> None:
@@ -18,10 +24,41 @@ def complain(text: str) -> None:
     click.echo(f"error: {' '.join(text.split())}", err=True)
 
 
+@contextmanager
+def warnings_told() -> Iterator[None]:
+    """Every warning of the program's own is a line on standard error, once."""
+    told: set[str] = set()
+
+    def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        text = " ".join(str(message).split())
+        if not issubclass(category, OnnxPruneWarning):
+            others(message, category, *where, **more)
+        elif text not in told:
+            told.add(text)
+            click.echo(f"warning: {text}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", OnnxPruneWarning)
+        others, warnings.showwarning = warnings.showwarning, tell
+        yield
+
+
 def console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False)
+
+
+def table(*columns: tuple[str, str]) -> Table:
+    """A table of (title, side): those at the right are numbers, which are never split; words are, where the terminal is narrow."""
+    from rich import box
+    from rich.table import Table
+
+    view = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title, side in columns:
+        number = side == "right"
+        view.add_column(title, justify="right" if number else "left", overflow="fold", no_wrap=number)
+    return view
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def _failure(grouping: Grouping, wrong: Mapping[int, str]) -> ProofError:
     message = (
         f"group {first.id} ('{first.members[0].tensor}'){more} fails the proof of the pruned model: {wrong[first.id]}; nothing is written"
     )
-    return ProofError(message, {k: f"the pruned model fails its proof: {why}" for k, why in wrong.items()})
+    return ProofError(message, {k: f"removing its units would fail the proof: {why}" for k, why in wrong.items()})
 
 
 def _culprits(losing: list[Group], error: OnnxPruneError, check: Callable[[list[Group]], object]) -> dict[int, str]:

@@ -18,6 +18,7 @@ from onnxprune.external import gigabytes
 from onnxprune.streaming import Meter, Pieces, Progress, lay_out, length_of, skeleton, write_data
 
 LARGEST = 2**31 - 1  # bytes that one protobuf message may have
+PAGES = (".html", ".htm")
 
 
 def check_target(path: str | os.PathLike[str], source: str | os.PathLike[str] | None = None) -> Path:
@@ -35,6 +36,14 @@ def check_target(path: str | os.PathLike[str], source: str | os.PathLike[str] | 
         raise OnnxPruneError(f"{target}: is no ordinary file, and would be replaced; give another name")
     if source is not None and target.exists() and Path(source).exists() and target.samefile(source):
         raise OnnxPruneError(f"{target}: is the input itself, which is never changed; give another name with -o")
+    return target
+
+
+def check_page(path: str | os.PathLike[str], source: str | os.PathLike[str] | None = None) -> Path:
+    """As `check_target`, for a report: raises OnnxPruneError for a name of another kind of file too."""
+    target = check_target(path, source)
+    if target.suffix.lower() not in PAGES:
+        raise OnnxPruneError(f"{target}: a report is an HTML page; give a name that ends in .html (a browser prints it as PDF)")
     return target
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import click
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -18,7 +20,9 @@ from conftest import EVAL, MODELS, Command, two_layers
 
 import onnxprune
 from onnxprune import writing
+from onnxprune.cli import main
 from onnxprune.errors import OnnxPruneError
+from onnxprune.options import read_list
 
 MLP = MODELS / "digits-mlp.onnx"
 
@@ -103,6 +107,30 @@ def test_help_has_examples(command: Command, name: str) -> None:
     assert "onnxprune " + (f"{name} " if name and name != "prune" else "model.onnx") in result.stdout
 
 
+def test_help_of_many_options_has_headings_and_leaves_none_out(command: Command) -> None:
+    for name in ("prune", "plan", "sweep", "sensitivity"):
+        text = command(name, "--help").stdout
+        titles = re.findall(r"^(\w.*):$", text, re.MULTILINE)
+        assert titles[0] == "What goes"
+        assert not {"Options", "Other"} & set(titles)
+        flags = {max(one.opts, key=len) for one in main.commands[name].params if isinstance(one, click.Option)}
+        assert all(len(re.findall(rf"^ .*{flag}\b", text, re.MULTILINE)) >= 1 for flag in flags)
+    assert "Options:" in command("bench", "--help").stdout
+
+
+def test_shares_may_be_percentages(command: Command, tmp_path: Path) -> None:
+    given = (
+        ["-r", "30%", "--min-keep", "20%", "--layer-ratio", "layers.0*=20%"],
+        ["-r", "0.3", "--min-keep", "0.2", "--layer-ratio", "layers.0*=0.2"],
+    )
+    plans = []
+    for arguments in given:
+        assert command("plan", MLP, *arguments, "-o", "plan.json", "-q").returncode == 0
+        plans.append((tmp_path / "plan.json").read_text())
+    assert plans[0] == plans[1]
+    assert read_list("10%:30%:10%", "--ratios") == read_list("0.1,0.2,30%", "--ratios") == (0.1, 0.2, 0.3)
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +194,9 @@ def test_broken_files(command: Command, tmp_path: Path, how: str, words: list[st
         ([MLP, "-r", "1.4"], 2, ["1.4", "between 0 and 1"]),
         ([MLP, "-r", "0"], 2, ["between 0 and 1"]),
         ([MLP, "-r", "nan"], 2, ["between 0 and 1"]),
-        ([MLP, "-r", "half"], 2, ["half"]),
+        ([MLP, "-r", "half"], 2, ["half", "0.4 or 40%"]),
+        ([MLP, "-r", "140%"], 2, ["140%", "0.4 or 40%"]),
+        ([MLP, "-r", "0.4", "--min-keep", "100%"], 2, ["100%"]),
         ([MLP, "-r", "0.4", "-o", "nowhere/out.onnx"], 2, ["nowhere", "does not exist"]),
         ([MLP, "-r", "0.4", "-o", "."], 2, ["folder"]),
         ([MLP, "-r", "0.4", "-o", MLP], 2, ["input itself"]),

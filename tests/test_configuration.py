@@ -52,6 +52,15 @@ def test_pyproject_and_a_commands_own_table(tmp_path: Path) -> None:
     assert command(inner, "plan", MODEL, "-o", "p.json", ONNXPRUNE_CONFIG="").returncode == 2  # none is read: no ratio
 
 
+def test_the_file_that_counts_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "onnxprune.toml").write_text('ratio = "30%"\neval = "labelled.npz"\nwarmup = 1\n')
+    made = command(tmp_path, "plan", MODEL, "-o", "plan.json")
+    assert made.stderr == f"{tmp_path / 'onnxprune.toml'}: --ratio; flags on the command line win\n"
+    assert json.loads((tmp_path / "plan.json").read_text())["options"]["ratio"] == 0.3
+    for quiet in (["plan", MODEL, "-o", "plan.json", "-q"], ["groups", MODEL, "--no-verify"], ["verify", MODEL, "--json", "-"]):
+        assert command(tmp_path, *quiet).stderr == ""  # or no option of it is the command's
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -204,7 +204,13 @@ def test_evaluate_counts_right_samples_from_any_source(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("labels", "words"),
-    [(np.arange(9), r"shape \[9\] for 10 samples"), (np.ones(10), "float64"), (np.ones((10, 2), int), r"\[2\] a sample")],
+    [
+        (np.arange(9), r"shape \[9\] for 10 samples"),
+        (np.ones(10), "float64"),
+        (np.ones((10, 2), int), r"\[2\] a sample"),
+        (np.arange(10) % 3 + 1, "label 3 is no class of the model, which has 3"),
+        (np.arange(10) % 3 - 1, "label -1"),
+    ],
 )
 def test_labels_that_are_no_class_numbers_are_refused(labels: np.ndarray, words: str) -> None:
     with pytest.raises(OnnxPruneError, match=words):

@@ -148,6 +148,68 @@ def test_curves_are_in_the_charts_and_in_tables(sensitivity: Sensitivity, sweep:
     assert page.tables["sweep-table"][1] == ["obs", "20.0%", "0.9", "0.8", "0.08", "yes"]
 
 
+@pytest.fixture(scope="module")
+def explored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where `sensitivity` and `sweep` have run, with pages of their own."""
+    folder = tmp_path_factory.mktemp("explored")
+    mlp = [str(MODELS / f"digits-mlp{ending}") for ending in (".onnx", ".calibration.npz", ".eval.npz")]
+    common = [mlp[0], "--eval", mlp[2], "-q"]
+    sensitivity = ["--calibration", mlp[1], "--samples", "64", "--ratios", "0.3,0.6", "--state", "s.json", "--report", "s.html"]
+    sweep = ["--ratios", "0.3,0.5", "--criteria", "l1,l2", "--seconds", "0", "-o", "swept", "--report", "w.html"]
+    for line in (["sensitivity", *common, *sensitivity], ["sweep", *common, *sweep]):
+        made = subprocess.run([sys.executable, "-m", "onnxprune", *line], cwd=folder, capture_output=True, text=True, check=False)
+        assert (made.returncode, made.stderr) == (0, "")
+    return folder
+
+
+def test_sensitivity_and_sweep_write_pages_of_what_they_measured(explored: Path) -> None:
+    kept = json.loads((explored / "s.json").read_text())
+    page = Page((explored / "s.html").read_text(encoding="utf-8"))
+    for drawn, key, start in ((page.data["sensitivity"], "change", 0), (page.data["sensitivity"]["quality"], "quality", kept["before"])):
+        for one in drawn["series"]:
+            own = [p for p in kept["points"] if one["label"] == f"{p['group']}: {p['name']}"]
+            assert one["points"] == [[0, pytest.approx(start, rel=1e-4)], *(pytest.approx([p["ratio"], p[key]], rel=1e-4) for p in own)]
+    assert page.data["sensitivity"]["quality"]["measure"] == "accuracy"
+    assert ["eval", str(MODELS / "digits-mlp.eval.npz")] in page.tables["options-table"]
+    swept = json.loads((explored / "swept" / "results.json").read_text())
+    drawn = Page((explored / "w.html").read_text(encoding="utf-8")).data["sweep"]
+    assert [(p["label"], p["ratio"]) for p in drawn["points"]] == [
+        ("original", None),
+        *((f"{p['criterion']} by {p['allocation']}", p["ratio"]) for p in swept["points"]),
+    ]
+    assert [p["pareto"] for p in drawn["points"][1:]] == [p["pareto"] for p in swept["points"]]
+    assert [axis["key"] for axis in drawn["axes"]] == ["macs", "parameters"]  # nothing was timed
+
+
+def test_prune_shows_curves_that_were_kept(command: Command, explored: Path, tmp_path: Path) -> None:
+    line = [MODELS / "digits-mlp.onnx", "-r", "0.3", "-o", "out.onnx", "--report", "r.html", "-q"]
+    made = command(*line, "--curves", explored / "s.json", "--curves", explored / "swept")
+    assert made.returncode == 0, made.stderr
+    data = Page((tmp_path / "r.html").read_text(encoding="utf-8")).data
+    assert data["sensitivity"] == Page((explored / "s.html").read_text(encoding="utf-8")).data["sensitivity"]
+    assert data["sweep"] == Page((explored / "w.html").read_text(encoding="utf-8")).data["sweep"]
+
+
+@pytest.mark.parametrize("which", ["model", "points", "kind", "none", "no report"])
+def test_curves_that_cannot_be_shown_are_an_error_before_any_work(command: Command, explored: Path, tmp_path: Path, which: str) -> None:
+    content = json.loads((explored / "s.json").read_text())
+    if which == "points":
+        content["points"] = [{"group": 0}]
+    elif which == "kind":
+        content["kind"] = "plan"
+    path = tmp_path / "s.json"
+    if which != "none":
+        path.write_text(json.dumps(content))
+    model = MODELS / ("digits-conv1d.onnx" if which == "model" else "digits-mlp.onnx")
+    report = [] if which == "no report" else ["--report", "r.html"]
+    made = command(model, "-r", "0.3", "-o", "out.onnx", "--curves", "s.json", *report)
+    said = {"model": "another model", "points": "not whole", "kind": "no curves", "none": "cannot be read", "no report": "--report"}
+    assert made.returncode == 2
+    assert said[which] in made.stderr
+    assert len(made.stderr.splitlines()) == 1
+    assert not (tmp_path / "out.onnx").exists()
+
+
 def test_measured_losses_are_shown_as_sensitivity() -> None:
     found = onnxprune.prune(MODELS / "digits-mlp.onnx", 0.3, calibration=MODELS / "digits-mlp.calibration.npz", samples=64)
     assert found.plan.options["allocation"] == "distortion"
@@ -186,7 +248,12 @@ def test_numbers_that_are_not_finite_are_no_reason_to_fail(result: onnxprune.Res
 
 
 def test_report_into_no_folder_is_an_error_before_any_work(command: Command, tmp_path: Path) -> None:
-    for name, words in (("none/r.html", "does not exist"), ("-", "not to standard output"), ("out.onnx", "named twice")):
+    for name, words in (
+        ("none/r.html", "does not exist"),
+        ("-", "not to standard output"),
+        ("out.onnx", "named twice"),
+        ("r.pdf", ".html"),
+    ):
         made = command(MODELS / "digits-mlp.onnx", "-r", "0.3", "-o", "out.onnx", "--report", name)
         assert made.returncode == 2
         assert made.stderr.startswith("error: ")
@@ -293,6 +360,20 @@ def test_charts_show_what_is_chosen(opened: Open, result: onnxprune.Result, sens
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
     ActionChains(browser).move_to_element(dots[0]).perform()
     assert "obs" in browser.find_element("css selector", "[data-chart=sweep] g[aria-label=tip]").get_attribute("textContent")
+
+
+def test_curves_show_the_quality_and_the_cost_that_are_chosen(opened: Open, explored: Path) -> None:
+    browser = opened((explored / "s.html").read_text(encoding="utf-8"))
+    axis = "[data-chart=sensitivity] g[aria-label='y-axis label']"
+    assert "change" in browser.find_element("css selector", axis).get_attribute("textContent")
+    browser.find_element("css selector", "select[data-for=sensitivity-measure] option[value=quality]").click()
+    assert "accuracy" in browser.find_element("css selector", axis).get_attribute("textContent")
+    swept = json.loads((explored / "swept" / "results.json").read_text())["points"]
+    browser = opened((explored / "w.html").read_text(encoding="utf-8"))
+    for cost in ("macs", "parameters"):
+        browser.find_element("css selector", f"select[data-for=sweep] option[value={cost}]").click()
+        dots = browser.find_elements("css selector", "[data-chart=sweep] circle")
+        assert len(dots) == 1 + len(swept) + sum(cost in point["pareto"] for point in swept)
 
 
 def test_page_without_charts_is_small(opened: Open) -> None:

@@ -106,6 +106,42 @@ def test_widths_end_where_a_step_does_and_the_budget_is_met(step: int, allocatio
         assert width == whole or width % step == 0  # a unit more would cost a step
 
 
+class Integers(Device):
+    """Where kernels of stored integers have steps, and those of floats none."""
+
+    def layers(self, model: ModelProto) -> dict[str, float]:
+        dims = {t.name: list(t.dims) for t in model.graph.initializer}
+        stored = {n.output[0]: dims[n.input[0]] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+        steps = {n.output[0]: self.step if n.input[1] in stored else 1 for n in model.graph.node if n.op_type == "MatMul"}
+        sizes = {n.output[0]: stored.get(n.input[1]) or dims[n.input[1]] for n in model.graph.node if n.op_type == "MatMul"}
+        return {out: float(np.prod([-(-d // steps[out]) * steps[out] for d in size])) for out, size in sizes.items()}
+
+
+def in_integers(model: ModelProto) -> ModelProto:
+    """Every weight in 8 bits with one scale."""
+    found = []
+    for i, tensor in enumerate(list(model.graph.initializer)):
+        array = onnx.numpy_helper.to_array(tensor)
+        scale = np.float32(np.abs(array).max() / 127)
+        model.graph.initializer.remove(tensor)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.round(array / scale).astype(np.int8), f"w{i + 1}_q"))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(scale, f"w{i + 1}_s"))
+        found.append(onnx.helper.make_node("DequantizeLinear", [f"w{i + 1}_q", f"w{i + 1}_s"], [tensor.name]))
+    nodes = [*found, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+def test_the_kernels_of_a_quantized_file_are_those_of_its_integers() -> None:
+    result = onnxprune.prune(in_integers(chain()), 0.4, of="latency", timer=Integers(16))
+    assert result.on_budget
+    sizes = {t.name: list(t.dims) for t in result.model.graph.initializer}
+    kept = [sizes[f"w{i}_q"][1] for i in range(1, len(WIDTHS) - 1)]
+    assert kept != list(WIDTHS[1:-1])
+    assert all(width == whole or width % 16 == 0 for whole, width in zip(WIDTHS[1:-1], kept, strict=True))
+
+
 def test_steps_are_measured_not_assumed() -> None:
     result = onnxprune.prune(chain(), 0.4, of="latency", timer=Device(1))
     assert result.on_budget

@@ -307,6 +307,57 @@ def test_units_are_scored_by_what_integers_stand_for(tmp_path: Path) -> None:
     assert removed.tolist() == list(range(0, 32, 2))
 
 
+def per_channel(folder: Path, hidden: int = 256, others: int = 512) -> onnx.ModelProto:
+    """Two layers whose integers are as large in all channels, and whose scales are not; written by hand, as exporters do."""
+    rng = np.random.default_rng(3)
+    sizes = (0.001 * (1 + rng.permutation(hidden))).astype(np.float32)
+    weights: dict[str, Any] = {"u": bytes_of(others, hidden, kind=np.int8), "su": sizes, "v": bytes_of(hidden, others, kind=np.int8)}
+    weights |= {"sv": number(0.01)}
+    body = "a = DequantizeLinear <axis=1> (u, su) b = DequantizeLinear (v, sv) h = MatMul (x, a) r = Relu (h) y = MatMul (r, b)"
+    model = build(f"float[N, {others}] x", body, f"float[N, {others}] y", weights)
+    onnx.save(model, folder / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    return onnx.load(folder / "m.onnx")
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2", "fpgm", "lamp"])
+def test_units_are_scored_so_too_where_weights_are_read_one_at_a_time(criterion: str, tmp_path: Path) -> None:
+    model = per_channel(tmp_path)
+    whole = onnxprune.prune(model, 0.5, criterion=criterion)
+    parts = onnxprune.prune(tmp_path / "m.onnx", 0.5, criterion=criterion, memory=10_000)
+    assert parts.plan.grouping.model.external.places.keys() == {"u", "v"}
+    assert [units.tolist() for units in whole.plan.remove.values()] == [units.tolist() for units in parts.plan.remove.values()]
+    sizes = numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == "su"))
+    if criterion == "l2":
+        kept = np.setdiff1d(np.arange(256), parts.plan.remove[0])
+        assert sizes[parts.plan.remove[0]].mean() < 0.7 * sizes[kept].mean()
+
+
+def test_equal_scales_do_not_hide_that_integers_are_exercised() -> None:
+    """Without biases the scales are the only floats that a group has, and any order of equal ones is the same."""
+    weights: dict[str, Any] = {"u": bytes_of(16, 32, kind=np.int8), "su": np.full(32, 0.01, np.float32)}
+    weights |= {"v": bytes_of(32, 8, kind=np.int8), "sv": np.full(8, 0.01, np.float32)}
+    body = "a = DequantizeLinear <axis=1> (u, su) b = DequantizeLinear <axis=1> (v, sv) h = MatMul (x, a) r = Relu (h) y = MatMul (r, b)"
+    proof = onnxprune.verify(build("float[N, 16] x", body, "float[N, 8] y", weights))
+    assert (proof.proven, proof.unexercised) == ((0,), ())
+    dead = weights | {"u": np.zeros((16, 32), np.int8)}  # nothing comes out of Relu, whatever the inputs
+    assert onnxprune.verify(build("float[N, 16] x", body, "float[N, 8] y", dead)).unexercised == (0,)
+
+
+@pytest.mark.parametrize("name", ["digits-mlp", "digits-resnet"])
+def test_a_quantized_file_is_as_sensitive_as_its_original(name: str, tmp_path: Path) -> None:
+    arrays = MODELS / EVAL[name].replace("eval", "calibration")
+    model = quantized(name, "qdq", True, tmp_path)
+    options: dict[str, Any] = {"ratios": [0.5], "samples": 64, "verify": False}
+    original = onnxprune.sensitivity(MODELS / f"{name}.onnx", arrays, **options)
+    found = onnxprune.sensitivity(model, arrays, **options)
+    groups = {g.id: g for g in onnxprune.groups(model, verify=False).groups if g.branch is None}
+    assert {p.group: p.units for p in found.points} == {i: g.units for i, g in groups.items()}
+    assert all(found.tensors[i] == groups[i].members[0].tensor for i in groups)
+    changes = [sorted(p.change or 0.0 for p in each.points) for each in (found, original)]
+    assert np.allclose(*changes, rtol=0.5)
+    assert np.isclose(np.sum(changes[0]), np.sum(changes[1]), rtol=0.2)
+
+
 def test_globs_speak_of_the_names_in_a_quantized_file(tmp_path: Path) -> None:
     model = quantized("digits-mlp", "qdq", False, tmp_path)
     before = {t.name: list(t.dims) for t in model.graph.initializer}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -488,6 +489,22 @@ def test_exported_post_norm_transformers_do_not(name: str) -> None:
     grouping, rotated = turned(model, [feeds])
     stream = max(grouping.groups, key=lambda g: len(g.members))
     assert "post-norm" in rotated.skipped[stream.id]
+
+
+def test_what_finishes_the_surgery_is_checked_without_compensation_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"calibration": MODELS / "digits-images.calibration.npz", "samples": 64, "criterion": "pca"}
+    right = Rotated.rescaled
+
+    def wrong(self: Rotated, pruned: onnx.ModelProto) -> onnx.ModelProto:
+        found = right(self, pruned)
+        found.graph.node[-1].op_type = "NoSuchOperator"
+        return found
+
+    onnxprune.prune(MODELS / "digits-mobilenet.onnx", 0.25, compensation="none", **options)
+    monkeypatch.setattr(Rotated, "rescaled", wrong)
+    with pytest.raises(OnnxPruneError, match="not well-formed") as caught:
+        onnxprune.prune(MODELS / "digits-mobilenet.onnx", 0.25, compensation="none", **options)
+    assert caught.value.exit_code == 4
 
 
 def test_pca_prunes_streams_and_says_where_there_are_none() -> None:

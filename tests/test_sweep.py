@@ -16,6 +16,7 @@ from conftest import MODELS, Command, two_layers
 from test_cli import accuracy, failing
 
 import onnxprune
+from onnxprune.benchmark import benchmark
 from onnxprune.criteria import criterion
 from onnxprune.errors import OnnxPruneError
 
@@ -79,6 +80,38 @@ def test_processes_side_by_side_make_the_same(tmp_path: Path) -> None:
     assert plain(one.points) == plain(two.points)
     for point in one.points:
         assert (tmp_path / "1" / point["model"]).read_bytes() == (tmp_path / "2" / point["model"]).read_bytes()
+
+
+def test_points_that_are_timed_are_made_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def process(outputs: dict[str, np.ndarray], data: dict[str, np.ndarray]) -> float:
+        return float(os.getpid())
+
+    arguments: dict[str, Any] = {"of": "latency", "evaluation": "noise", "seconds": 0}
+    with joblib.parallel_config(n_jobs=2):
+        found = onnxprune.sweep(two_layers(64), tmp_path / "out", (0.3, 0.5), metric=process, **arguments)
+    assert {point["quality"] for point in found.points} == {os.getpid()}
+    for jobs in (2, -1):
+        with pytest.raises(OnnxPruneError, match=r"jobs is .*--of latency"):
+            onnxprune.sweep(two_layers(64), tmp_path / "other", (0.3, 0.5), jobs=jobs, **arguments)
+
+
+def test_threads_are_those_of_every_clock(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx.save(two_layers(), tmp_path / "m.onnx")
+    result = command("sweep", "m.onnx", "--ratios", "0.5", "--seconds", "0.01", "--threads", "2", "-o", "out")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["key"]["threads"] == 2
+    failing(command("sweep", "m.onnx", "--ratios", "0.5", "--seconds", "0.01", "-o", "out"), 2, "threads", "2 there, 1 now")
+    clocks = []
+
+    def clock(files: Any, *arguments: Any, threads: int, **options: Any) -> Any:
+        clocks.append(threads)
+        return benchmark(files, *arguments, threads=threads, **options)
+
+    monkeypatch.setattr("onnxprune.sweeping.benchmark", clock)
+    onnxprune.sweep(two_layers(), tmp_path / "two", (0.5,), seconds=0.01, threads=2)
+    assert clocks == [2]
 
 
 def test_points_that_are_there_are_not_made_again(tmp_path: Path) -> None:
@@ -167,6 +200,7 @@ def test_a_point_that_failed_is_tried_again(tmp_path: Path) -> None:
         (("--eval", "nowhere.npz"), ["nowhere.npz"]),
         (("--granularity", "atom"), ["atom"]),
         (("--jobs", "0"), ["jobs is 0"]),
+        (("--jobs", "2", "--of", "latency"), ["jobs is 2"]),
         (("-o", MLP), ["named twice"]),
     ],
 )

@@ -115,7 +115,8 @@ const charts = {
   },
 
   // Each group alone: what the outputs lose when it loses a share of its units.
-  sensitivity({ measure, series }, width) {
+  sensitivity(source, width) {
+    const { measure, series } = chosen("sensitivity-measure") === "quality" ? source.quality : source;
     const log = checked("sensitivity"), one = chosen("sensitivity");
     const points = series.flatMap((s) => s.points.map(([ratio, change]) => ({ label: s.label, ratio, change })))
       .filter((p) => p.change !== null && (!log || p.change > 0));
@@ -143,7 +144,7 @@ const charts = {
   sweep({ measure, axes, points }, width) {
     const axis = axes.find((a) => a.key === chosen("sweep")) ?? axes[0];
     const shown = points.filter((p) => p[axis.key] !== null && p.value !== null).map((p) => ({ ...p, x: p[axis.key] * axis.scale }));
-    const best = shown.filter((p) => p.pareto).sort((a, b) => a.x - b.x);
+    const best = shown.filter((p) => p.pareto.includes(axis.key)).sort((a, b) => a.x - b.x);
     return Plot.plot({
       ...frame(width, 370),
       x: { label: axis.title, tickFormat: number, ticks: Math.max(3, Math.round(width / 110)), nice: true, inset: 10 },
@@ -154,7 +155,7 @@ const charts = {
         Plot.dot(shown, { x: "x", y: "value", fill: "label", r: 4.5 }),
         Plot.dot(best, { x: "x", y: "value", r: 8 }),
         Plot.tip(shown, Plot.pointer({ x: "x", y: "value",
-          title: (p) => `${p.label}${p.ratio === null ? "" : `, ratio ${percent(p.ratio)}`}${p.pareto ? ", Pareto" : ""}\n${axis.title}: ${number(p.x)}\n${measure}: ${number(p.value)}` })),
+          title: (p) => `${p.label}${p.ratio === null ? "" : `, ratio ${percent(p.ratio)}`}${best.includes(p) ? ", Pareto" : ""}\n${axis.title}: ${number(p.x)}\n${measure}: ${number(p.value)}` })),
       ],
     });
   },

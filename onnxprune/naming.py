@@ -1,0 +1,78 @@
+"""What a group is called for people: a tensor that no other group is called by, and its node where that tensor's name says nothing."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+from onnx import NodeProto
+
+from onnxprune.grouping import Group, Grouping
+from onnxprune.importer import Model
+from onnxprune.scopes import all_graphs
+
+NAMELESS = re.compile(r"onnx::\w+|(?:val|const|tensor|initializer)?_?\d+|(?:/?Constant|ortshared)\w*")  # exporters' own counting
+PASSING = ("Transpose", "Identity", "Cast", "Reshape", "Unsqueeze", "DequantizeLinear", "QuantizeLinear")
+
+
+def group_names(grouping: Grouping) -> dict[int, str]:
+    """{id: name} of all groups: the first tensor, unless another group begins with it or it has no name of its own, and how many more.
+
+    Then it is the first that is the group's alone and has a name, else the first one with its node, or its place on the axis.
+    """
+    first = Counter(_first(group) for group in grouping.groups if group.members)
+    owners: dict[str, set[int]] = defaultdict(set)
+    for group in grouping.groups:
+        if group.branch is None:
+            for member in group.members:
+                owners[member.tensor].add(group.id)
+    readers = _readers(grouping.model)
+    found = {}
+    for group in grouping.groups:
+        if group.branch is not None:
+            layers = f"{group.branch.layers} layer{'s' if group.branch.layers > 1 else ''}"
+            found[group.id] = f"the branch of {layers} at {group.branch.output}"
+            continue
+        count = len({member.tensor for member in group.members})
+        more = f" and {count - 1} more" if count > 1 else ""
+        found[group.id] = (_name(group, first, owners, readers) if group.members else "no tensor") + more
+    return found
+
+
+def _first(group: Group) -> str:
+    return group.members[0].tensor
+
+
+def _name(group: Group, first: Counter[str], owners: dict[str, set[int]], readers: dict[str, str]) -> str:
+    tensor = _first(group)
+    if group.branch is not None or (first[tensor] == 1 and not NAMELESS.fullmatch(tensor)):
+        return tensor
+    own = [member for member in group.members if len(owners[member.tensor]) == 1]
+    named = next((member.tensor for member in own if not NAMELESS.fullmatch(member.tensor)), None)
+    if named is not None:
+        return named
+    if not own and not NAMELESS.fullmatch(tensor):
+        return f"{tensor}, axis {group.members[0].axis} from {group.members[0].indices.min()}"
+    tensor = own[0].tensor if own else tensor
+    return f"{tensor} of {readers[tensor]}" if tensor in readers else tensor
+
+
+def _readers(model: Model) -> dict[str, str]:
+    """The node that each tensor goes into, by its name, or by its operator and what it makes."""
+    found: dict[str, str] = {}
+    passed: dict[str, list[str]] = {}
+    for node in _nodes(model):
+        said = node.name or f"the {node.op_type} that makes {node.output[0] if node.output else ''}"
+        for name in node.input:
+            if node.op_type in PASSING and node.output and name == node.input[0]:
+                passed.setdefault(node.output[0], [name]).extend(passed.get(name, ()))
+            else:
+                for tensor in (name, *passed.get(name, ())):
+                    found.setdefault(tensor, said)
+    return found
+
+
+def _nodes(model: Model) -> Iterator[NodeProto]:
+    for graph in all_graphs(model.proto.graph):
+        yield from graph.node
