@@ -80,11 +80,11 @@ def refine(study: Study, plan: Plan, pruned: ModelProto) -> Made:
 
 @compensation("distill")
 def distill(study: Study, plan: Plan, pruned: ModelProto) -> Made:
-    """The same again, and then all layers together by the gradient of what the outputs miss (`distillation`)."""
+    """The same as `reconstruct`, and then all layers together by the gradient of what the outputs miss (`distillation`)."""
     plan, pruned = study.surgery(plan)
-    after = refiner(plan, pruned, study.batches, study.progress)
-    made, refits = reconstruct(plan, pruned, study.batches, progress=study.progress, after=after)
-    found, more = distilled(plan, made, study.samples, study.batch, study.progress)
+    seen, held = study.samples.split(1 - HELD)
+    made, refits = reconstruct(plan, pruned, lambda: seen.batches(study.batch), progress=study.progress)
+    found, more = distilled(plan, made, seen, held, study.batch, study.progress)
     return found, [*refits, *more]
 
 
@@ -103,6 +103,7 @@ def match_moments(observed: Observed, matrix: np.ndarray, bias: np.ndarray, inte
     return Fit(made, shifted, 0.0, both.error(matrix, bias) / spread, both.error(made, shifted) / spread)
 
 
+HELD = 1 / 8  # of the samples, to see what distillation is worth
 TURNING = ("update", "reconstruct", "refine", "distill")  # start from the model with its linear bottlenecks turned (`turning`)
 DATA_FREE = ("none", "merge")
 

@@ -1,334 +1,196 @@
-"""The whole pruned model, fitted to what the original makes of the samples by its gradient: distillation, without labels.
+"""All layers of a pruned model together, fitted to what the original makes of the samples: distillation, without labels.
 
-minimize  mean over outputs o of ‖y_o − z_o‖²/V_o  +  HIDDEN · mean over streams h of ‖y_h − z_h‖²_w/V_h
+Adam (Kingma and Ba 2015, arXiv:1412.6980) on the loss of `lessons`, each tensor's step in proportion to its own size, over some passes
+of the samples with a rate that falls to 0 (Loshchilov and Hutter 2017, arXiv:1608.03983).  Where all inputs are floating-point numbers,
+samples are mixed in pairs, which the original can be asked about just as well (Zhang et al. 2018, arXiv:1710.09412; Beyer et al. 2022,
+arXiv:2106.05237).
 
-over the weights, biases and norms' scales (y: of the pruned model, z: of the original, V: the spread of z).  The logits stand for what a
-Softmax or Sigmoid makes of them at the end (Ba and Caruana 2014, arXiv:1312.6184), the streams are what residual Adds make, where a norm
-reads them with rows weighted as in `emphasis` (hints: Romero et al. 2015, arXiv:1412.6550).  Adam (Kingma and Ba 2015,
-arXiv:1412.6980), each tensor's step in proportion to its own size, over a few passes of the samples with a rate that falls to 0.
-
-The gradient is checked against a finite difference on the model itself before it is used, and what comes out counts only where it
-does better on samples that were held out.
+The gradient is compared with a finite difference on the model itself before it is used, and what comes out counts only where it does
+better on samples that were held out.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-import onnxruntime as ort
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, numpy_helper
 
-import onnxprune.adjoints  # noqa: F401  registers the rules
-from onnxprune.capture import Tap, towards
 from onnxprune.cost import count_macs
-from onnxprune.emphasis import emphasis
 from onnxprune.errors import OnnxPruneError
-from onnxprune.gradients import Backward, backward
-from onnxprune.linear import CONVOLUTIONS, live, made_by
+from onnxprune.lessons import Lesson, lesson, trainable, with_initializers
 from onnxprune.plans import Plan
 from onnxprune.reconstruction import Refit
-from onnxprune.rewriter import Widths
-from onnxprune.running import Arrays, as_float32, first_line, session, widened
+from onnxprune.running import Arrays, widened
 from onnxprune.samples import Samples
-from onnxprune.scopes import captured
-from onnxprune.seats import all_seats, tensors_of, write
+from onnxprune.seats import tensors_of, write
 
-Progress = Callable[[str], None]
 Changes = dict[str, np.ndarray]
-HIDDEN = 1.0
-HELD = 1 / 8  # of the samples
-RATE = 2e-3  # of a tensor's root mean square, a step
+RATE = 4e-3  # of a tensor's root mean square, a step
+AGAIN = 8  # times slower, where nothing better was found
 LEAST = 1e-2  # the root mean square of tensors that are smaller
-WORK = 3e13  # multiply-accumulates that all passes may take
-PASSES = 20
+WORK = 6e13  # multiply-accumulates that all passes may take
+PASSES = 40
 WARM = 20  # steps until the rate is reached
-MOMENTS = (0.9, 0.99)
+DECAY = (0.9, 0.99)
+MIXED = 0.5  # of a sample, at the most, is another one
+ENDS = (1e-2, 1e-3, 1e-1)  # of the loss: what a finite difference is taken over
 AGREES = 0.1  # how far the gradient and the finite difference may be apart
-SMALL = 65536  # numbers of a constant that a rule may look at
-WEIGHED = {
-    **dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), (1, 2)),
-    **dict.fromkeys(("LayerNormalization", "BatchNormalization", "InstanceNormalization"), (1, 2)),
-    **dict.fromkeys(("RMSNormalization", "SimplifiedLayerNormalization", "PRelu"), (1,)),
-    **dict.fromkeys(("MatMul", "Einsum", "Add", "Mul"), (0, 1)),
-    "Sub": (1,),
-}
-BESIDE = ("Add", "Mul", "Sub")  # of constants they take those with one number a channel
-LAST = ("Softmax", "LogSoftmax", "Sigmoid")
-
-
-@dataclass(frozen=True)
-class Target:
-    """A value of both models; share: of the loss; final: an output, or its logits; normed: a norm reads it."""
-
-    name: str
-    share: float
-    final: bool = False
-    normed: bool = False
-
-
-def targets(plan: Plan, pruned: ModelProto) -> list[Target]:
-    """The outputs, or the logits behind them, and what residual Adds make."""
-    model = plan.grouping.model
-    made, originally = made_by(pruned.graph.node), made_by(model.main)
-    outputs = []
-    for value in pruned.graph.output:
-        node, old = made.get(value.name), originally.get(value.name)
-        last = node is not None and old is not None and node.op_type in LAST and list(node.input) == list(old.input)
-        outputs.append(node.input[0] if last and node is not None else value.name)
-    streams = {
-        seat.layer.added[0]: seat.layer.normed
-        for seat in all_seats(plan, pruned)
-        if seat.layer.added is not None and seat.layer.added[0] in made and seat.layer.added[0] not in outputs
-    }
-    return [
-        *(Target(name, 1 / len(outputs), final=True) for name in dict.fromkeys(outputs)),
-        *(Target(name, HIDDEN / len(streams), normed=normed) for name, normed in streams.items()),
-    ]
-
-
-def tunable(proto: ModelProto) -> list[str]:
-    """The initializers that are nothing but weights, biases or scales of the main graph's layers and norms."""
-    tensors = {t.name: t for t in proto.graph.initializer}
-    good: set[str] = set()
-    bad = {v.name for v in (*proto.graph.output, *proto.graph.input)}
-    for node in proto.graph.node:
-        bad |= captured(node)
-        for position, name in enumerate(node.input):
-            if name not in tensors:
-                continue
-            dims = tensors[name].dims
-            wide = sum(n > 1 for n in dims)
-            fits = wide == 1 if node.op_type in BESIDE else wide > 0
-            (good if fits and position in WEIGHED.get(node.op_type, ()) and node.domain in ("", "ai.onnx") else bad).add(name)
-    return [name for name, tensor in tensors.items() if name in good - bad and tensor.data_type == TensorProto.FLOAT]
-
-
-def _lifted(proto: ModelProto) -> ModelProto:
-    """A float32 copy whose constants are all initializers."""
-    copy = as_float32(proto)
-    del copy.graph.value_info[:]
-    for i in reversed(range(len(copy.graph.node))):
-        node = copy.graph.node[i]
-        value = next((a.t for a in node.attribute if a.name == "value"), None)
-        if node.op_type == "Constant" and value is not None and value.data_type:
-            copy.graph.initializer.add().CopyFrom(value)
-            copy.graph.initializer[-1].name = node.output[0]
-            del copy.graph.node[i]
-    return copy
-
-
-class Forward:
-    """A model cut down to what makes some values, with weights that are given at each run."""
-
-    def __init__(self, proto: ModelProto, values: Iterable[str], weights: Iterable[str]) -> None:
-        part = towards(proto, [*dict.fromkeys(values)])
-        part.ir_version = max(part.ir_version, 4)
-        mine = set(weights)
-        given = [t for t in part.graph.initializer if t.name in mine]
-        kept = [t for t in part.graph.initializer if t.name not in mine]
-        part.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in given)
-        del part.graph.initializer[:]
-        part.graph.initializer.extend(kept)
-        self._session: ort.InferenceSession = session(part, optimize=True, threads=0)
-        self._inputs = [v.name for v in part.graph.input]
-        self._outputs = [v.name for v in part.graph.output]
-
-    def run(self, feeds: Arrays, weights: Arrays) -> dict[str, np.ndarray]:
-        """The values, and the feeds and weights themselves."""
-        given = {name: widened(array) for name, array in feeds.items()} | dict(weights)
-        try:
-            found = self._session.run(self._outputs, {name: given[name] for name in self._inputs if name in given})
-        except Exception as error:
-            raise OnnxPruneError(f"onnxruntime does not run the pruned model ({first_line(error)})", 4) from error
-        return given | dict(zip(self._outputs, found, strict=True))
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What is fitted to what: the original, the pruned model forward and backward, and how far targets spread.
-
-    spreads: of each target, in a batch.
-    """
-
-    original: Tap
-    forward: Forward
-    back: ort.InferenceSession
-    graph: Backward
-    widths: Widths
-    wanted: Sequence[Target]
-    spreads: Mapping[str, float]
-
-    def gradient(self, feeds: Arrays, weights: Arrays) -> tuple[float, Changes]:
-        """The loss of a batch, and how it changes with the weights."""
-        now = self.forward.run(feeds, weights)
-        loss, starts = 0.0, {}
-        for target, missed, counts in self._missed(feeds, now):
-            share = target.share / self.spreads[target.name]
-            weighed = missed * counts
-            loss += share * float(np.sum(missed * weighed, dtype=np.float64))
-            if target.name in self.graph.starts:
-                starts[self.graph.starts[target.name]] = (2 * share * weighed).astype(np.float32)
-        given = starts | {name: now[name] for name in self.graph.reads}
-        found = self.back.run(list(self.graph.weights.values()), given)
-        return loss, dict(zip(self.graph.weights, (np.asarray(f) for f in found), strict=True))
-
-    def losses(self, batches: Iterable[Arrays], weights: Arrays) -> dict[str, float]:
-        """{target: its share of the loss} over batches."""
-        found: Counter[str] = Counter()
-        many = 0
-        for feeds in batches:
-            many += 1
-            for target, missed, counts in self._missed(feeds, self.forward.run(feeds, weights)):
-                found[target.name] += target.share / self.spreads[target.name] * float(np.sum(missed * missed * counts, dtype=np.float64))
-        return {name: total / max(1, many) for name, total in found.items()}
-
-    def _missed(self, feeds: Arrays, now: Arrays) -> Iterable[tuple[Target, np.ndarray, np.ndarray]]:
-        then = self.original.run(feeds)
-        for target in self.wanted:
-            goal = self.widths.cut(target.name, then[target.name])
-            yield target, now[target.name] - goal, weighing(target, goal, feeds)
-
-
-def weighing(target: Target, goal: np.ndarray, feeds: Arrays) -> np.ndarray:
-    """How much each position of a target counts, with an axis of 1 for the channels."""
-    if not target.normed:
-        return np.ones((1,) * goal.ndim, np.float32)
-    counts = emphasis(goal, (goal.ndim - 1,))
-    on = live(feeds, goal.shape, counts.size)
-    if on is not None:
-        kept = np.zeros(counts.size, np.float32)
-        kept[on] = 1
-        counts = counts * kept.reshape(counts.shape)
-    return counts
 
 
 def distilled(
-    plan: Plan, pruned: ModelProto, samples: Samples, batch: int, progress: Progress | None = None, seed: int = 0
+    plan: Plan,
+    pruned: ModelProto,
+    seen: Samples,
+    held: Samples,
+    batch: int,
+    progress: Callable[[str], None] | None = None,
+    seed: int = 0,
 ) -> tuple[ModelProto, list[Refit]]:
-    """A copy of the pruned model with other weights, and what its outputs miss on held-out samples before and after.
+    """A copy of the pruned model with other weights, and the share of its outputs' spread that is missed on held-out samples.
 
-    The model as it is, and nothing, where no weight's gradient is known, or where nothing better is found.
+    seen, held: samples to fit to, and to choose by; batches of another size than the first are left out.  The model as it is, and no
+    refits, where no weight's gradient is known or nothing better is found; `progress` is told why.
     """
     say = progress or (lambda text: None)
-    seen, held = samples.split(1 - HELD)
-    lifted = _lifted(pruned)
-    weights = {t.name: numpy_helper.to_array(t).copy() for t in lifted.graph.initializer if t.name in set(tunable(lifted))}
-    first = next(seen.batches(batch), None)
-    if first is None or held.count == samples.count:
-        say("the model is not distilled: there are too few samples to hold some out")
+    lifted = with_initializers(pruned)
+    names = set(trainable(lifted))
+    weights = {t.name: numpy_helper.to_array(t) for t in lifted.graph.initializer if t.name in names}
+    batches = [list(_alike(some, batch, seen)) for some in (seen.part(0, 4 * batch), held)]
+    if not (weights and all(batches)):
+        say("the model is not distilled: " + ("there are too few samples to hold some out" if weights else "it has no weights to change"))
         return pruned, []
-    alike = [v.shape for v in first.values()]
-
-    def batches(some: Samples) -> Iterable[Arrays]:
-        return (feeds for feeds in some.batches(batch) if [v.shape for v in feeds.values()] == alike)
-
-    tests = list(batches(held)) or [next(held.batches(batch))]
-    lesson = _lesson(plan, lifted, weights, list(batches(seen.part(0, 4 * batch))))
-    if lesson is None:
-        say("the model is not distilled: no rule says how what it makes changes with its weights")
+    first, tests = batches
+    try:
+        found = lesson(plan, lifted, weights, first)
+        if found is None or not _agrees(found, first[0], weights):
+            reason = "how its outputs change with its weights is not known" if found is None else "its gradient fails a finite difference"
+            say(f"the model is not distilled: {reason}")
+            return pruned, []
+        mine = {name: weights[name] for name in found.graph.weights}
+        start = found.losses(tests, mine)
+        for rate in (RATE, RATE / AGAIN):
+            course = Course(rate, _passes(plan, seen), seed)
+            best, end = _course(found, course, mine, start, seen, batch, tests, say)
+            if best is not mine:
+                break
+    except OnnxPruneError as error:
+        say(f"the model is not distilled: {error}")
         return pruned, []
-    mine = {name: weights[name] for name in lesson.graph.weights}
-    if not _agrees(lesson, first, mine):
-        say("the model is not distilled: its gradient is not what a finite difference says")
-        return pruned, []
-    outputs = [target.name for target in lesson.wanted if target.final]
-    start = lesson.losses(tests, mine)
-    model = plan.grouping.model
-    whole = next((shape[0] for shape in model.input_shapes.values() if shape), 1)
-    once = 4 * count_macs(model) / max(1, whole) * seen.count
-    passes = max(1, min(PASSES, int(WORK / max(once, 1.0))))
-    best, least = mine, sum(start.values())
-    steps = passes * max(1, seen.count // batch)
-    averages = [{name: np.zeros_like(array) for name, array in mine.items()} for _ in range(2)]
-    step = 0
-    for turn in range(passes):
-        for feeds in batches(seen.shuffled(seed * 1009 + turn)):
-            step += 1
-            rate = RATE * min(1, step / WARM) * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))
-            _, change = lesson.gradient(feeds, mine)
-            mine = _stepped(mine, change, averages, step, rate)
-        losses = lesson.losses(tests, mine)
-        total = sum(losses.values())
-        say(f"distilling, pass {turn + 1} of {passes}: the outputs miss {sum(losses[o] for o in outputs):.4f}, all {total:.4f} (start {sum(start[o] for o in outputs):.4f}, {sum(start.values()):.4f})")
-        if total < least:
-            best, least = mine, total
-    if least >= sum(start.values()):
+    if best is mine:
+        say("the model is not distilled: nothing does better on samples that were held out")
         return pruned, []
     out = ModelProto()
     out.CopyFrom(pruned)
     tensors = tensors_of(out)
     for name, array in best.items():
         write(tensors[name], array.astype(numpy_helper.to_array(tensors[name]).dtype))
-    end = lesson.losses(tests, best)
-    return out, [Refit(name, start[name], end[name], 0.0) for name in outputs]
+    return out, [Refit(t.name, start[t.name] / t.share, end[t.name] / t.share, 0.0) for t in found.wanted if t.final]
 
 
-def _lesson(plan: Plan, lifted: ModelProto, weights: Arrays, some: Sequence[Arrays]) -> Lesson | None:
-    """some: batches to see shapes on, and how far targets spread."""
-    wanted = targets(plan, lifted)
-    everything = Forward(lifted, [name for node in lifted.graph.node for name in node.output if name], weights)
-    runs = [everything.run(feeds, weights) for feeds in some[:2]]
-    arrays = {t.name: numpy_helper.to_array(t) for t in lifted.graph.initializer if t.name not in weights}
-    known = {name: array for name, array in runs[0].items() if isinstance(array, np.ndarray)} | arrays | dict(weights)
-    shapes = {name: array.shape for name, array in known.items()}
-    floats = {name for name, array in known.items() if array.dtype == np.float32}
-    steady = {k: v for k, v in known.items() if v.dtype.kind in "iub" and v.size <= SMALL and all(np.array_equal(v, run.get(k, v)) for run in runs)}
-    steady |= {name: array for name, array in arrays.items() if array.size <= SMALL}
-    del runs, known, everything
-    wanted = [target for target in wanted if target.name in floats]
-    graph = backward(lifted, [t.name for t in wanted], list(weights), shapes, steady, floats)
-    if not graph.weights:
-        return None
-    original = Tap(plan.grouping.model.proto, [t.name for t in wanted])
-    widths = Widths(plan.grouping, plan.remove)
-    spreads = {target.name: 0.0 for target in wanted}
-    for feeds in some:
-        then = original.run(feeds)
-        for target in wanted:
-            goal = widths.cut(target.name, then[target.name])
-            spreads[target.name] += max(_spread(goal, weighing(target, goal, feeds)), 1e-30) / len(some)
-    forward = Forward(lifted, [*(t.name for t in wanted), *graph.reads], weights)
-    return Lesson(original, forward, session(graph.model, optimize=True, threads=0), graph, widths, wanted, spreads)
+@dataclass(frozen=True)
+class Course:
+    """How fast, and how often through the samples."""
+
+    rate: float
+    passes: int
+    seed: int
 
 
-def _spread(goal: np.ndarray, counts: np.ndarray) -> float:
-    """Σ of weighted squares of what differs between samples, or between all numbers where there is one sample."""
-    mean = goal.mean(axis=0, keepdims=True) if len(goal) > 1 else goal.mean()
-    return float(np.sum(np.square(goal - mean) * counts, dtype=np.float64))
+def _passes(plan: Plan, seen: Samples) -> int:
+    model = plan.grouping.model
+    together = next((shape[0] for shape in model.input_shapes.values() if shape), 1)
+    once = 4 * count_macs(model) / max(1, together) * seen.count  # the original forward, the pruned one forward and back
+    return max(1, min(PASSES, int(WORK / max(once, 1.0))))
 
 
-def _agrees(lesson: Lesson, feeds: Arrays, weights: Changes) -> bool:
-    """Whether the loss changes along the gradient as the gradient says."""
-    rng = np.random.default_rng(0)
-    loss, change = lesson.gradient(feeds, weights)
+def _alike(some: Samples, batch: int, seen: Samples) -> Iterator[Arrays]:
+    """Batches of the sizes of the first one of those to fit to."""
+    first = next(iter(seen.batches(batch)), None)
+    sizes = {name: np.shape(array) for name, array in (first or {}).items()}
+    return (feeds for feeds in some.batches(batch) if {name: np.shape(array) for name, array in feeds.items()} == sizes)
+
+
+def _course(
+    found: Lesson,
+    course: Course,
+    start: Changes,
+    losses: dict[str, float],
+    seen: Samples,
+    batch: int,
+    tests: Sequence[Arrays],
+    say: Callable[[str], None],
+) -> tuple[Changes, dict[str, float]]:
+    """The weights after the pass that does best on the tests, `start` itself where none does better, and the losses there."""
+    best, least, mine = start, losses, start
+    steps, step = course.passes * max(1, seen.count // batch), 0
+    adam = Adam()
+    for number in range(course.passes):
+        for feeds in _alike(seen.shuffled(course.seed + number), batch, seen):
+            step += 1
+            rate = course.rate * min(1, step / WARM) * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))
+            _, change = found.gradient(mixed(feeds, np.random.default_rng([course.seed, step])), mine)
+            mine = adam.stepped(mine, change, rate)
+        now = found.losses(tests, mine)
+        missed, before = (sum(each[t.name] for t in found.wanted if t.final) for each in (now, losses))
+        say(f"distilling, pass {number + 1} of {course.passes}: on held-out samples the outputs miss {missed:.4f}, {before:.4f} at first")
+        if sum(now.values()) < sum(least.values()):
+            best, least = mine, now
+    return best, least
+
+
+def mixed(feeds: Arrays, rng: np.random.Generator) -> Arrays:
+    """Every sample mixed with another of its batch, by as much as MIXED; as they are where an input is not of floats."""
+    arrays = {name: widened(np.asarray(array)) for name, array in feeds.items()}
+    counts = {array.shape[:1] for array in arrays.values()}
+    if len(counts) != 1 or counts <= {(), (1,)} or any(array.dtype != np.float32 for array in arrays.values()):
+        return feeds
+    ((count,),) = counts
+    share, order = np.asarray(rng.uniform(0, MIXED, count), np.float32), rng.permutation(count)
+    shares = {name: share.reshape(-1, *[1] * (array.ndim - 1)) for name, array in arrays.items()}
+    return {name: array + shares[name] * (array[order] - array) for name, array in arrays.items()}
+
+
+@dataclass
+class Adam:
+    """Running means of the gradient and of its square, of each tensor."""
+
+    means: Changes = field(default_factory=dict)
+    squares: Changes = field(default_factory=dict)
+    steps: int = 0
+
+    def stepped(self, weights: Changes, change: Changes, rate: float) -> Changes:
+        """The weights after one step, `rate` times the root mean square of each tensor for each of its numbers at the most."""
+        self.steps += 1
+        found = {}
+        first, second = DECAY
+        for name, array in weights.items():
+            mean = self.means.setdefault(name, np.zeros_like(array))
+            square = self.squares.setdefault(name, np.zeros_like(array))
+            mean += (1 - first) * (change[name] - mean)
+            square += (1 - second) * (np.square(change[name]) - square)
+            size = max(float(np.sqrt(np.mean(np.square(array)))), LEAST)
+            scale = np.float32(rate * size / (1 - first**self.steps))
+            found[name] = array - scale * mean / (np.sqrt(square / (1 - second**self.steps)) + np.float32(1e-12))
+        return found
+
+
+def _agrees(found: Lesson, feeds: Arrays, weights: Changes) -> bool:
+    """Whether the loss changes along the gradient, each number of it taken more or less, as the gradient says."""
+    loss, change = found.gradient(feeds, weights)
     if not all(np.isfinite(array).all() for array in change.values()):
         return False
-    towards_ = {k: v * rng.uniform(0.5, 1.5, v.shape).astype(np.float32) for k, v in change.items()}
-    slope = sum(float(np.sum(v * towards_[k], dtype=np.float64)) for k, v in change.items())
-    if slope == 0:
+    rng = np.random.default_rng(0)
+    along = {name: array * np.asarray(rng.uniform(0.5, 1.5, array.shape), np.float32) for name, array in change.items()}
+    slope = sum(float(np.sum(array * along[name], dtype=np.float64)) for name, array in change.items())
+    if not slope > 0:
         return False
-    for size in (1e-2, 1e-3, 1e-1):
+    for size in ENDS:
         length = size * loss / slope
-        ends = [lesson.gradient(feeds, {k: w + np.float32(s * length) * towards_[k] for k, w in weights.items()})[0] for s in (1, -1)]
-        if abs((ends[0] - ends[1]) / (2 * length) - slope) < AGREES * slope:
+        moved = ({n: w + np.float32(s * length) * along[n] if n in along else w for n, w in weights.items()} for s in (1, -1))
+        up, down = (sum(found.losses([feeds], ends).values()) for ends in moved)
+        if abs((up - down) / (2 * length) - slope) < AGREES * slope:
             return True
     return False
-
-
-def _stepped(weights: Changes, change: Changes, averages: Sequence[Changes], step: int, rate: float) -> Changes:
-    """One step of Adam; averages: of the gradient and of its square, brought up to date."""
-    found = {}
-    first, second = MOMENTS
-    for name, array in weights.items():
-        g = change[name]
-        mean, square = averages[0][name], averages[1][name]
-        mean += (1 - first) * (g - mean)
-        square += (1 - second) * (g * g - square)
-        size = max(float(np.sqrt(np.mean(np.square(array)))), LEAST)
-        scale = rate * size / (1 - first**step)
-        found[name] = array - np.float32(scale) * mean / (np.sqrt(square / (1 - second**step)) + np.float32(1e-12))
-    return found

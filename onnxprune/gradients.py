@@ -28,8 +28,8 @@ PREFIX = "∂/"  # of the names that are made here
 Operand = "Value | float | int"
 
 
-class Unknown(Exception):
-    """A rule does not cover a node as it stands here."""
+class NoRuleError(Exception):
+    """What a node passes back is not known, as it stands here."""
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Site:
     def g(self) -> Value:
         """How the loss changes with the first output, for rules of operators with one."""
         if self.gs[0] is None or any(g is not None for g in self.gs[1:]):
-            raise Unknown
+            raise NoRuleError
         return self.gs[0]
 
     def shape(self, position: int = 0) -> tuple[int, ...]:
@@ -149,7 +149,7 @@ class Site:
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self.shapes:
-            raise Unknown
+            raise NoRuleError
         return self.shapes[name]
 
     def has(self, position: int) -> bool:
@@ -159,7 +159,7 @@ class Site:
         """The numbers of an input that do not depend on the samples, or only on their sizes."""
         name = self.node.input[position] if self.has(position) else ""
         if name not in self.arrays:
-            raise Unknown
+            raise NoRuleError
         return self.arrays[name]
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -231,7 +231,7 @@ def backward(
             continue
         try:
             back = _passed(Site(node, tape, opset, shapes, arrays, gs))
-        except Unknown:
+        except NoRuleError:
             broken.update(read)
             continue
         for name, change in zip(node.input, back, strict=False):
@@ -244,7 +244,7 @@ def backward(
 
 def _passed(site: Site) -> Sequence[Value | None]:
     if site.node.domain not in ("", "ai.onnx") or site.node.op_type not in RULES:
-        raise Unknown
+        raise NoRuleError
     return RULES[site.node.op_type](site)
 
 

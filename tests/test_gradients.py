@@ -58,8 +58,15 @@ CASES = [
     Case("MatMul", ((3, 4), (4, 5))),
     Case("MatMul", ((2, 6, 3, 4), (6, 4, 5))),
     Case("MatMul", ((3, 4), (2, 4, 5))),
-    *(Case("Gemm", ((3, 4) if a == 0 else (4, 3), (4, 5) if b == 0 else (5, 4), (5,)), {"transA": a, "transB": b, "alpha": 0.7, "beta": 1.3})
-      for a in (0, 1) for b in (0, 1)),
+    *(
+        Case(
+            "Gemm",
+            ((3, 4) if a == 0 else (4, 3), (4, 5) if b == 0 else (5, 4), (5,)),
+            {"transA": a, "transB": b, "alpha": 0.7, "beta": 1.3},
+        )
+        for a in (0, 1)
+        for b in (0, 1)
+    ),
     Case("Conv", ((2, 4, 9, 8), (6, 4, 3, 3), (6,)), {"pads": [1, 1, 1, 1]}),
     Case("Conv", ((2, 4, 9, 8), (6, 2, 3, 2)), {"group": 2, "strides": [2, 2], "pads": [1, 0, 0, 1]}),
     Case("Conv", ((2, 4, 10, 9), (4, 1, 3, 3)), {"group": 4, "dilations": [2, 1], "strides": [1, 3]}),
@@ -92,7 +99,11 @@ CASES = [
     Case("AveragePool", ((2, 3, 7, 6),), {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1], "count_include_pad": 1}),
     Case("AveragePool", ((2, 3, 8, 8),), {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}),
     Case("AveragePool", ((2, 3, 8, 7),), {"kernel_shape": [2, 2], "strides": [3, 3]}),
-    Case("Resize", ((2, 3, 4, 5), None, np.array([1, 1, 2, 3], np.float32)), {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}),
+    Case(
+        "Resize",
+        ((2, 3, 4, 5), None, np.array([1, 1, 2, 3], np.float32)),
+        {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"},
+    ),
     Case("Resize", ((2, 3, 4), None, np.array([1, 1, 3], np.float32))),
     Case("ReduceMean", ((2, 3, 4), ints(-1)), {"keepdims": 0}),
     Case("ReduceMean", ((2, 3, 4),), {"axes": [0, 2]}, opset=17),
@@ -169,7 +180,13 @@ def test_adjoint_is_what_a_finite_difference_says(case: Case) -> None:
 
 def test_every_rule_has_a_case() -> None:
     tried = {case.op for case in CASES}
-    alike = {"CastLike", "Dropout", "SimplifiedLayerNormalization", "Upsample", "Swish"}  # as Cast, Identity, RMSNormalization, Resize, Sigmoid
+    alike = {
+        "CastLike",
+        "Dropout",
+        "SimplifiedLayerNormalization",
+        "Upsample",
+        "Swish",
+    }  # as Cast, Identity, RMSNormalization, Resize, Sigmoid
     assert set(RULES) - tried == alike
 
 
@@ -183,7 +200,9 @@ def test_a_weight_before_a_node_without_a_rule_gets_no_gradient() -> None:
         helper.make_node("Add", ["three", "four"], ["y"]),
     ]
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [3]) for name in ("x", "a", "b")]
-    graph = helper.make_graph(nodes, "g", inputs, [helper.make_empty_tensor_value_info("y")], [numpy_helper.from_array(np.int64(0), "axis")])
+    graph = helper.make_graph(
+        nodes, "g", inputs, [helper.make_empty_tensor_value_info("y")], [numpy_helper.from_array(np.int64(0), "axis")]
+    )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     known = {name: np.ones(3, np.float32) for name in ("x", "a", "b", "one", "two", "three", "four", "y")}
     shapes = {name: array.shape for name, array in known.items()}

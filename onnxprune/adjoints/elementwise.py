@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from onnxprune.gradients import Site, Unknown, Value, adjoint
+from onnxprune.gradients import NoRuleError, Site, Value, adjoint
 
 Slope = Callable[[Site, Value, Value], Value]
 
@@ -50,7 +50,7 @@ slope("HardSwish")(lambda site, x, y: _cast(site.tape.op("Greater", x, site.tape
 
 @slope("LeakyRelu")
 def leaky_relu(site: Site, x: Value, y: Value) -> Value:
-    slow = site.get("alpha", 0.01)
+    slow = float(site.get("alpha", 0.01))
     return _cast(site.tape.op("Greater", x, site.tape.constant(0.0))) * (1 - slow) + slow
 
 
@@ -76,7 +76,7 @@ def mish(site: Site, x: Value, y: Value) -> Value:
 @slope("Swish")
 def swish(site: Site, x: Value, y: Value) -> Value:
     """y = x·sigmoid(alpha·x)."""
-    alpha = site.get("alpha", 1.0)
+    alpha = float(site.get("alpha", 1.0))
     gate = site.tape.op("Sigmoid", x * alpha)
     return gate + y * (1 - gate) * alpha
 
@@ -147,7 +147,7 @@ def power(site: Site) -> Sequence[Value | None]:
     """Of a constant exponent."""
     exponent = site.array(1)
     if exponent.size != 1:
-        raise Unknown
+        raise NoRuleError
     n = float(exponent.ravel()[0])
     x = site.x[0]
     return (site.g * (x if n == 2 else site.tape.op("Pow", x, site.tape.constant(n - 1))) * n,)

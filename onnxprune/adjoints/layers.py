@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onnxprune.gradients import Site, Unknown, Value, adjoint
+from onnxprune.gradients import NoRuleError, Site, Value, adjoint
 from onnxprune.linear import geometry
 from onnxprune.operators import Convolution, operator
 
@@ -18,7 +18,7 @@ def _flipped(value: Value, rank: int) -> Value:
 def matmul(site: Site) -> Sequence[Value | None]:
     left, right, out = site.shape(0), site.shape(1), site.out
     if len(left) < 2 or len(right) < 2:
-        raise Unknown
+        raise NoRuleError
     a, b = site.x
     first = site.fit(0, site.g @ _flipped(b, len(right)), (*out[:-1], left[-1]))
     if len(right) == 2:  # one product in the place of many that are summed
@@ -45,7 +45,7 @@ def _window(site: Site) -> Convolution:
     shape = geometry(site.node, site.node.input[1], len(site.shape(1)))
     found = operator(shape, site.shape(1), site.shape(0), site.out)
     if not isinstance(found, Convolution):
-        raise Unknown
+        raise NoRuleError
     return found
 
 
@@ -98,10 +98,10 @@ def einsum(site: Site) -> Sequence[Value | None]:
     terms, arrow, out = equation.partition("->")
     factors = terms.split(",")
     if len(factors) != 2 or not arrow or "." in equation or any(len(set(t)) < len(t) for t in (*factors, out)):
-        raise Unknown
+        raise NoRuleError
     found = []
     for mine, other, value in ((*factors, site.x[1]), (factors[1], factors[0], site.x[0])):
         if set(mine) - set(other) - set(out):
-            raise Unknown
+            raise NoRuleError
         found.append(site.tape.op("Einsum", site.g, value, equation=f"{out},{other}->{mine}"))
     return found

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
-from onnxprune.gradients import Site, Unknown, Value, adjoint
+from onnxprune.gradients import NoRuleError, Site, Value, adjoint
 
 
 @adjoint("Reshape", "Flatten", "Squeeze", "Unsqueeze")
@@ -24,7 +25,7 @@ def transpose(site: Site) -> Sequence[Value | None]:
 def concat(site: Site) -> Sequence[Value | None]:
     axis = site.get("axis", 1) % len(site.out)
     ends = np.cumsum([0, *(site.shape(i)[axis] for i in range(len(site.node.input)))]).tolist()
-    return tuple(site.g.part(axis, start, end) for start, end in zip(ends[:-1], ends[1:], strict=True))
+    return tuple(site.g.part(axis, start, end) for start, end in pairwise(ends))
 
 
 @adjoint("Split")
@@ -33,7 +34,7 @@ def split(site: Site) -> Sequence[Value | None]:
     parts = []
     for name, g in zip(site.node.output, site.gs, strict=True):
         if name not in site.shapes:
-            raise Unknown
+            raise NoRuleError
         parts.append(g if g is not None else site.tape.constant(np.zeros(site.shapes[name])))
     return (parts[0] if len(parts) == 1 else site.tape.op("Concat", *parts, axis=axis),)
 
@@ -69,7 +70,7 @@ def _put(value: Value, axis: int, places: np.ndarray, size: int) -> Value:
     if np.array_equal(places, np.arange(size)):
         return value
     if len(np.unique(places)) < len(places):
-        raise Unknown
+        raise NoRuleError
     where = np.full(size, len(places))
     where[places] = np.arange(len(places))
     last = value.tape.op("Gather", value, value.tape.integers([0]), axis=axis) * 0.0
@@ -81,12 +82,12 @@ def _put(value: Value, axis: int, places: np.ndarray, size: int) -> Value:
 def pad(site: Site) -> Sequence[Value | None]:
     """Of constants."""
     if site.get("mode", b"constant") not in (b"constant", "constant"):
-        raise Unknown
+        raise NoRuleError
     shape = site.shape()
     pads = site.get("pads") if site.opset < 11 else site.array(1).ravel().tolist()
     axes = [a % len(shape) for a in site.array(3).ravel().tolist()] if site.has(3) else list(range(len(shape)))
     if min(pads) < 0:
-        raise Unknown
+        raise NoRuleError
     back = site.g
     for axis, before in zip(axes, pads, strict=False):
         back = back.part(axis, before, before + shape[axis])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onnxprune.gradients import Site, Unknown, Value, adjoint
+from onnxprune.gradients import NoRuleError, Site, Value, adjoint
 
 
 def _normalized(site: Site, axes: Sequence[int], centred: bool = True) -> tuple[Value, Value]:
@@ -56,7 +56,7 @@ def instance_normalization(site: Site) -> Sequence[Value | None]:
 def batch_normalization(site: Site) -> Sequence[Value | None]:
     """Of running statistics, which get no gradient."""
     if site.get("training_mode", 0):
-        raise Unknown
+        raise NoRuleError
     rank = len(site.shape())
     others = [0, *range(2, rank)]
     x, scale, _, mean, variance = site.x[:5]
@@ -71,7 +71,7 @@ def _axis(site: Site) -> int:
     rank = len(site.shape())
     axis = int(site.get("axis", -1 if site.opset >= 13 else 1)) % rank
     if site.opset < 13 and axis != rank - 1:
-        raise Unknown
+        raise NoRuleError
     return axis
 
 

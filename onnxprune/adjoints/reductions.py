@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxprune.gradients import Site, Unknown, Value, adjoint
+from onnxprune.gradients import NoRuleError, Site, Value, adjoint
 
 
 def _axes(site: Site) -> list[int]:
@@ -66,7 +66,7 @@ def _pads(site: Site, dilations: Sequence[int]) -> tuple[list[int], list[int]]:
     """Padding before and after each spatial axis: what there is, and what of it is reached."""
     kernel, strides = site.get("kernel_shape"), site.get("strides") or [1] * (len(site.out) - 2)
     if site.get("auto_pad", b"NOTSET") not in (b"NOTSET", "NOTSET", b"VALID", "VALID"):
-        raise Unknown
+        raise NoRuleError
     before = list(site.get("pads") or [0] * 2 * len(kernel))[: len(kernel)]
     sizes = zip(site.shape()[2:], site.out[2:], kernel, strides, dilations, before, strict=True)
     after = [(o - 1) * s + (k - 1) * d + 1 - n - b for n, o, k, s, d, b in sizes]
@@ -111,7 +111,7 @@ def max_pool(site: Site) -> Sequence[Value | None]:
     names = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
     given = {name: value for name in names if (value := site.get(name)) is not None}
     if site.get("storage_order", 0):
-        raise Unknown
+        raise NoRuleError
     where = site.tape.op("MaxPool", site.x[0], output=1, **given)
     return (_scattered(site, where),)
 
@@ -135,10 +135,10 @@ def resize(site: Site) -> Sequence[Value | None]:
     where = [_text(site, "coordinate_transformation_mode", "half_pixel"), _text(site, "nearest_mode", "round_prefer_floor")]
     where = ["", "floor"] if site.node.op_type == "Upsample" or site.opset < 11 else where
     if _text(site, "mode", "nearest") != "nearest" or tuple(where) not in (*floor, *middle):
-        raise Unknown
+        raise NoRuleError
     shape, out = site.shape(), site.out
     if any(o % n for o, n in zip(out, shape, strict=True)):
-        raise Unknown
+        raise NoRuleError
     apart = [n for o, n in zip(out, shape, strict=True) for n in (n, o // n)]
     return (site.g.reshape(apart).sum(list(range(1, 2 * len(shape), 2)), keepdims=False),)
 

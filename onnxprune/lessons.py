@@ -1,0 +1,223 @@
+"""What a pruned model is to learn from the original: values of both, how far apart they are on samples, and the gradient of that.
+
+loss = mean over outputs o of ‖y_o − z_o‖²/V_o  +  HIDDEN · mean over streams h of ‖y_h − z_h‖²_w/V_h
+
+y: of the pruned model, z: of the original, V: the spread of z.  Logits stand for what a Softmax or Sigmoid makes of them at the end (Ba
+and Caruana 2014, arXiv:1312.6184).  Streams are what residual Adds make (hints: Romero et al. 2015, arXiv:1412.6550); where a norm
+reads them, their rows are weighted as in `emphasis`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+import onnxprune.adjoints  # noqa: F401  registers the rules
+from onnxprune.capture import Tap, towards
+from onnxprune.emphasis import emphasis
+from onnxprune.errors import OnnxPruneError
+from onnxprune.gradients import Backward, backward
+from onnxprune.linear import live, made_by
+from onnxprune.plans import Plan
+from onnxprune.rewriter import Widths
+from onnxprune.running import Arrays, as_float32, first_line, session, widened
+from onnxprune.scopes import captured
+from onnxprune.seats import all_seats
+
+HIDDEN = 10.0
+SMALL = 65536  # numbers of a constant that a rule may look at
+LAST = ("Softmax", "LogSoftmax", "Sigmoid")
+WEIGHED = {  # which inputs of which operators are weights
+    **dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), (1, 2)),
+    **dict.fromkeys(("LayerNormalization", "BatchNormalization", "InstanceNormalization"), (1, 2)),
+    **dict.fromkeys(("RMSNormalization", "SimplifiedLayerNormalization", "PRelu"), (1,)),
+    **dict.fromkeys(("MatMul", "Einsum", "Add", "Mul"), (0, 1)),
+    "Sub": (1,),
+}
+BESIDE = ("Add", "Mul", "Sub")  # of their constants those with one number a channel
+
+
+@dataclass(frozen=True)
+class Target:
+    """A value of both models; share: of the loss; final: an output, or its logits; normed: a norm reads it."""
+
+    name: str
+    share: float
+    final: bool = False
+    normed: bool = False
+
+
+def targets(plan: Plan, pruned: ModelProto) -> list[Target]:
+    """The outputs, or the logits behind them, and what residual Adds make."""
+    made, originally = made_by(pruned.graph.node), made_by(plan.grouping.model.main)
+    outputs = []
+    for value in pruned.graph.output:
+        node, old = made.get(value.name), originally.get(value.name)
+        last = node is not None and old is not None and node.op_type in LAST and list(node.input) == list(old.input)
+        outputs.append(node.input[0] if last and node is not None else value.name)
+    streams = {
+        seat.layer.added[0]: seat.layer.normed
+        for seat in all_seats(plan, pruned)
+        if seat.layer.added is not None and seat.layer.added[0] in made and seat.layer.added[0] not in outputs
+    }
+    return [
+        *(Target(name, 1 / len(outputs), final=True) for name in dict.fromkeys(outputs)),
+        *(Target(name, HIDDEN / len(streams), normed=normed) for name, normed in streams.items()),
+    ]
+
+
+def trainable(proto: ModelProto) -> list[str]:
+    """The initializers that are nothing but weights, biases or scales of the main graph's layers and norms."""
+    tensors = {t.name: t for t in proto.graph.initializer}
+    good: set[str] = set()
+    bad = {v.name for v in (*proto.graph.output, *proto.graph.input)}
+    for node in proto.graph.node:
+        bad |= captured(node)
+        for position, name in enumerate(node.input):
+            if name not in tensors:
+                continue
+            wide = sum(n > 1 for n in tensors[name].dims)
+            fits = wide == 1 if node.op_type in BESIDE else wide > 0
+            (good if fits and position in WEIGHED.get(node.op_type, ()) and node.domain in ("", "ai.onnx") else bad).add(name)
+    return [name for name, tensor in tensors.items() if name in good - bad and tensor.data_type == TensorProto.FLOAT]
+
+
+def with_initializers(proto: ModelProto) -> ModelProto:
+    """A float32 copy whose constant tensors are all initializers."""
+    copy = as_float32(proto)
+    del copy.graph.value_info[:]
+    for i in reversed(range(len(copy.graph.node))):
+        node = copy.graph.node[i]
+        value = next((a.t for a in node.attribute if a.name == "value"), None)
+        if node.op_type == "Constant" and value is not None:
+            copy.graph.initializer.add().CopyFrom(value)
+            copy.graph.initializer[-1].name = node.output[0]
+            del copy.graph.node[i]
+    return copy
+
+
+class Forward:
+    """A model cut down to what makes some values, with weights that are given at each run.
+
+    Raises OnnxPruneError (exit code 4) where onnxruntime does not take or run it.
+    """
+
+    def __init__(self, proto: ModelProto, values: Iterable[str], weights: Iterable[str]) -> None:
+        part, mine = towards(proto, [*dict.fromkeys(values)]), set(weights)
+        given = [t for t in part.graph.initializer if t.name in mine]
+        kept = [t for t in part.graph.initializer if t.name not in mine]
+        part.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in given)
+        del part.graph.initializer[:]
+        part.graph.initializer.extend(kept)
+        self._session: ort.InferenceSession = session(part, optimize=True, threads=0)
+        self._inputs = [v.name for v in part.graph.input]
+        self._outputs = [v.name for v in part.graph.output]
+
+    def run(self, feeds: Arrays, weights: Arrays) -> dict[str, np.ndarray]:
+        """The values, and the feeds and weights themselves."""
+        given = {name: widened(array) for name, array in feeds.items()} | dict(weights)
+        try:
+            found = self._session.run(self._outputs, {name: given[name] for name in self._inputs if name in given})
+        except Exception as error:
+            raise OnnxPruneError(f"onnxruntime does not run the pruned model ({first_line(error)})", 4) from error
+        return given | dict(zip(self._outputs, found, strict=True))
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The original, the pruned model forward and backward, and what of both is compared; spreads: of each target in a batch."""
+
+    original: Tap
+    forward: Forward
+    back: ort.InferenceSession
+    graph: Backward
+    widths: Widths
+    wanted: Sequence[Target]
+    spreads: Mapping[str, float]
+
+    def gradient(self, feeds: Arrays, weights: Arrays) -> tuple[float, dict[str, np.ndarray]]:
+        """The loss of a batch, and how it changes with each weight.
+
+        Raises OnnxPruneError (exit code 4) where onnxruntime does not run the backward pass.
+        """
+        now = self.forward.run(feeds, weights)
+        loss, given = 0.0, {name: now[name] for name in self.graph.reads}
+        for target, missed, counts in self._missed(feeds, now):
+            share = target.share / self.spreads[target.name]
+            weighed = missed * counts
+            loss += share * float(np.sum(missed * weighed, dtype=np.float64))
+            if target.name in self.graph.starts:
+                given[self.graph.starts[target.name]] = (2 * share * weighed).astype(np.float32)
+        try:
+            found = self.back.run(list(self.graph.weights.values()), given)
+        except Exception as error:
+            raise OnnxPruneError(f"onnxruntime does not run the backward pass ({first_line(error)})", 4) from error
+        return loss, {name: np.asarray(change) for name, change in zip(self.graph.weights, found, strict=True)}
+
+    def losses(self, batches: Sequence[Arrays], weights: Arrays) -> dict[str, float]:
+        """What each target adds to the loss, on average over batches."""
+        found = {target.name: 0.0 for target in self.wanted}
+        for feeds in batches:
+            for target, missed, counts in self._missed(feeds, self.forward.run(feeds, weights)):
+                total = float(np.sum(missed * missed * counts, dtype=np.float64))
+                found[target.name] += target.share / self.spreads[target.name] * total / len(batches)
+        return found
+
+    def _missed(self, feeds: Arrays, now: Arrays) -> Iterator[tuple[Target, np.ndarray, np.ndarray]]:
+        then = self.original.run(feeds)
+        for target in self.wanted:
+            goal = self.widths.cut(target.name, then[target.name])
+            yield target, now[target.name] - goal, _counts(target, goal, feeds)
+
+
+def lesson(plan: Plan, pruned: ModelProto, weights: Arrays, some: Sequence[Arrays]) -> Lesson | None:
+    """pruned: with all its constants as initializers; some: batches, all of one size, to see shapes and spreads on.
+
+    None where the gradient of no weight is known.
+    """
+    everything = Forward(pruned, [name for node in pruned.graph.node for name in node.output if name], weights)
+    runs = [everything.run(feeds, weights) for feeds in some[:2]]
+    constants = {t.name: numpy_helper.to_array(t) for t in pruned.graph.initializer if t.name not in weights}
+    known = {name: array for name, array in runs[0].items() if isinstance(array, np.ndarray)} | constants
+    shapes = {name: array.shape for name, array in known.items()}
+    floats = {name for name, array in known.items() if array.dtype == np.float32}
+    steady = {name: array for name, array in known.items() if array.dtype.kind in "iub" and array.size <= SMALL}
+    steady = {name: array for name, array in steady.items() if all(np.array_equal(array, run.get(name, array)) for run in runs)}
+    steady |= {name: array for name, array in constants.items() if array.size <= SMALL}
+    del runs, known, everything
+    wanted = [target for target in targets(plan, pruned) if target.name in floats]
+    graph = backward(pruned, [target.name for target in wanted], list(weights), shapes, steady, floats)
+    if not graph.weights:
+        return None
+    original, widths = Tap(plan.grouping.model.proto, [target.name for target in wanted]), Widths(plan.grouping, plan.remove)
+    spreads = {target.name: 0.0 for target in wanted}
+    for feeds in some:
+        then = original.run(feeds)
+        for target in wanted:
+            goal = widths.cut(target.name, then[target.name])
+            spreads[target.name] += max(_spread(goal, _counts(target, goal, feeds)), 1e-30) / len(some)
+    forward = Forward(pruned, [*(target.name for target in wanted), *graph.reads], weights)
+    return Lesson(original, forward, session(graph.model, optimize=True, threads=0), graph, widths, wanted, spreads)
+
+
+def _counts(target: Target, goal: np.ndarray, feeds: Arrays) -> np.ndarray:
+    """How much each position of a target counts: of sequences those that a mask leaves on."""
+    if not target.normed:
+        return np.ones((1,) * goal.ndim, np.float32)
+    counts = emphasis(goal, (goal.ndim - 1,))
+    on = live(feeds, goal.shape, counts.size)
+    if on is not None:
+        kept = np.zeros(counts.size, np.float32)
+        kept[on] = 1
+        counts = counts * kept.reshape(counts.shape)
+    return counts
+
+
+def _spread(goal: np.ndarray, counts: np.ndarray) -> float:
+    """Σ of weighted squares of what differs between samples, or between all numbers where there is one sample."""
+    mean = goal.mean(axis=0, keepdims=True) if goal.ndim and len(goal) > 1 else goal.mean()
+    return float(np.sum(np.square(goal - mean) * counts, dtype=np.float64))
