@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 PARTS = ("peers", "ours", "ablation", "minilm", "others")
 CIFAR = [name for name, subject in SUBJECTS.items() if subject.kind == "cifar"]
 OTHERS = [name for name, subject in SUBJECTS.items() if subject.kind == "other"]
-COMPENSATIONS = ("none", "mean", "moments", "update", "reconstruct", "refine")
+COMPENSATIONS = ("none", "mean", "moments", "update", "reconstruct", "refine", "distill")
 Row = dict[str, Any]
 
 

@@ -235,7 +235,7 @@ def prune(
 
     grouping, proof, bench = prove(find(loaded))
     _some(grouping)
-    study = Study(grouping, data, progress, turns=compensation in TURNING)
+    study = Study(grouping, data, progress, turns=compensation in TURNING, seed=seed)
     ground = lay(Ground(grouping, proof, bench, study), criterion, find, prove, feeds)
     chosen, shares = ground.free(scope, exclude, layer_ratios or {})
     _say(progress, f"scoring {len(chosen)} groups")

@@ -82,9 +82,9 @@ def refine(study: Study, plan: Plan, pruned: ModelProto) -> Made:
 def distill(study: Study, plan: Plan, pruned: ModelProto) -> Made:
     """The same as `reconstruct`, and then all layers together by the gradient of what the outputs miss (`distillation`)."""
     plan, pruned = study.surgery(plan)
-    seen, held = study.samples.split(1 - HELD)
+    seen, held = study.samples.split(1 - HELD, study.seed)
     made, refits = reconstruct(plan, pruned, lambda: seen.batches(study.batch), progress=study.progress)
-    found, more = distilled(plan, made, seen, held, study.batch, study.progress)
+    found, more = distilled(plan, made, seen, held, study.batch, study.progress, study.seed)
     return found, [*refits, *more]
 
 

@@ -28,7 +28,8 @@ class Study:
     """samples: calibration data, or none (count 0); evidence: gathered when first asked for, or what the weights alone let expect.
 
     known: scores that the model's own form gives (of streams that were turned into principal components); finish: what a pruned
-    model needs besides the surgery (their norms' scale); turns: compensation may change what the units of a linear bottleneck are.
+    model needs besides the surgery (their norms' scale); turns: compensation may change what the units of a linear bottleneck are;
+    seed: of the order in which samples are drawn.
     """
 
     grouping: Grouping
@@ -37,6 +38,7 @@ class Study:
     known: Mapping[int, np.ndarray] = field(default_factory=dict)
     finish: Callable[[ModelProto], ModelProto] = lambda model: model
     turns: bool = False
+    seed: int = 0
 
     @property
     def batch(self) -> int:

@@ -137,8 +137,7 @@ def mul(site: Site) -> Sequence[Value | None]:
 
 @adjoint("Div")
 def div(site: Site) -> Sequence[Value | None]:
-    a, b = site.x
-    back = site.g / b
+    back = site.g / site.x[1]
     return site.fit(0, back), site.fit(1, -(back * site.y[0]))
 
 
