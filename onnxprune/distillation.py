@@ -36,6 +36,7 @@ PASSES = 40
 WARM = 20  # steps until the rate is reached
 DECAY = (0.9, 0.99)
 MIXED = 0.5  # of a sample, at the most, is another one
+OFF = 0.03  # of a tensor's root mean square
 ENDS = (1e-2, 1e-3, 1e-1)  # of the loss: what a finite difference is taken over
 AGREES = 0.1  # how far the gradient and the finite difference may be apart
 
@@ -69,24 +70,28 @@ def distilled(
             reason = "how its outputs change with its weights is not known" if found is None else "its gradient fails a finite difference"
             say(f"the model is not distilled: {reason}")
             return pruned, []
-        mine = {name: weights[name] for name in found.graph.weights}
-        start = found.losses(tests, mine)
+        start = found.losses(tests, weights)
         for rate in (RATE, RATE / AGAIN):
             course = Course(rate, _passes(plan, seen), seed)
-            best, end = _course(found, course, mine, start, seen, batch, tests, say)
-            if best is not mine:
+            best, end = _course(found, course, weights, start, seen, batch, tests, say)
+            if best is not weights:
                 break
     except OnnxPruneError as error:
         say(f"the model is not distilled: {error}")
         return pruned, []
-    if best is mine:
+    if best is weights:
         say("the model is not distilled: nothing does better on samples that were held out")
         return pruned, []
     out = ModelProto()
     out.CopyFrom(pruned)
     tensors = tensors_of(out)
-    for name, array in best.items():
-        write(tensors[name], array.astype(numpy_helper.to_array(tensors[name]).dtype))
+    for name in found.graph.weights:
+        with np.errstate(over="ignore"):
+            array = best[name].astype(numpy_helper.to_array(tensors[name]).dtype)
+        if not np.isfinite(array.astype(np.float32)).all():
+            say("the model is not distilled: half precision does not hold what was found")
+            return pruned, []
+        write(tensors[name], array)
     return out, [Refit(t.name, start[t.name] / t.share, end[t.name] / t.share, 0.0) for t in found.wanted if t.final]
 
 
@@ -162,35 +167,44 @@ class Adam:
     steps: int = 0
 
     def stepped(self, weights: Changes, change: Changes, rate: float) -> Changes:
-        """The weights after one step, `rate` times the root mean square of each tensor for each of its numbers at the most."""
+        """All weights after one step of those that change: `rate` of a tensor's root mean square for a number of it, or so."""
         self.steps += 1
-        found = {}
+        found = dict(weights)
         first, second = DECAY
-        for name, array in weights.items():
+        for name, moved in change.items():
+            array = weights[name]
             mean = self.means.setdefault(name, np.zeros_like(array))
             square = self.squares.setdefault(name, np.zeros_like(array))
-            mean += (1 - first) * (change[name] - mean)
-            square += (1 - second) * (np.square(change[name]) - square)
-            size = max(float(np.sqrt(np.mean(np.square(array)))), LEAST)
-            scale = np.float32(rate * size / (1 - first**self.steps))
+            mean += (1 - first) * (moved - mean)
+            square += (1 - second) * (np.square(moved) - square)
+            scale = np.float32(rate * _size(array) / (1 - first**self.steps))
             found[name] = array - scale * mean / (np.sqrt(square / (1 - second**self.steps)) + np.float32(1e-12))
         return found
 
 
 def _agrees(found: Lesson, feeds: Arrays, weights: Changes) -> bool:
-    """Whether the loss changes along the gradient, each number of it taken more or less, as the gradient says."""
-    loss, change = found.gradient(feeds, weights)
+    """Whether the loss changes along the gradient, each number of it taken more or less, as the gradient says.
+
+    At weights a little off: where they are the best there are, least squares having found them, there is no gradient to see.
+    """
+    rng = np.random.default_rng(0)
+    noise = {n: np.asarray(rng.standard_normal(weights[n].shape), np.float32) for n in found.graph.weights}
+    here = weights | {n: weights[n] + np.float32(OFF * _size(weights[n])) * array for n, array in noise.items()}
+    loss, change = found.gradient(feeds, here)
     if not all(np.isfinite(array).all() for array in change.values()):
         return False
-    rng = np.random.default_rng(0)
     along = {name: array * np.asarray(rng.uniform(0.5, 1.5, array.shape), np.float32) for name, array in change.items()}
     slope = sum(float(np.sum(array * along[name], dtype=np.float64)) for name, array in change.items())
     if not slope > 0:
         return False
     for size in ENDS:
         length = size * loss / slope
-        moved = ({n: w + np.float32(s * length) * along[n] if n in along else w for n, w in weights.items()} for s in (1, -1))
+        moved = ({n: w + np.float32(s * length) * along[n] if n in along else w for n, w in here.items()} for s in (1, -1))
         up, down = (sum(found.losses([feeds], ends).values()) for ends in moved)
         if abs((up - down) / (2 * length) - slope) < AGREES * slope:
             return True
     return False
+
+
+def _size(array: np.ndarray) -> float:
+    return max(float(np.sqrt(np.mean(np.square(array)))), LEAST)
