@@ -80,12 +80,15 @@ def refine(study: Study, plan: Plan, pruned: ModelProto) -> Made:
 
 @compensation("distill")
 def distill(study: Study, plan: Plan, pruned: ModelProto) -> Made:
-    """The same as `reconstruct`, and then all layers together by the gradient of what the outputs miss (`distillation`)."""
-    plan, pruned = study.surgery(plan)
+    """The same as `reconstruct`, and then all layers together by the gradient of what the outputs miss (`distillation`).
+
+    Where that is not possible, or does not help, `refine`.
+    """
     seen, held = study.samples.split(1 - HELD, study.seed)
-    made, refits = reconstruct(plan, pruned, lambda: seen.batches(study.batch), progress=study.progress)
-    found, more = distilled(plan, made, seen, held, study.batch, study.progress, study.seed)
-    return found, [*refits, *more]
+    narrow, cut = study.surgery(plan)
+    made, refits = reconstruct(narrow, cut, lambda: seen.batches(study.batch), progress=study.progress)
+    found = distilled(narrow, made, seen, held, study.batch, study.progress, study.seed)
+    return refine(study, plan, pruned) if found is made else (found, refits)
 
 
 def match_moments(observed: Observed, matrix: np.ndarray, bias: np.ndarray, intercept: bool = True) -> Fit:

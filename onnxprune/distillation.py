@@ -22,7 +22,6 @@ from onnxprune.cost import count_macs
 from onnxprune.errors import OnnxPruneError
 from onnxprune.lessons import Lesson, lesson, trainable, with_initializers
 from onnxprune.plans import Plan
-from onnxprune.reconstruction import Refit
 from onnxprune.running import Arrays, widened
 from onnxprune.samples import Samples
 from onnxprune.seats import tensors_of, write
@@ -49,11 +48,11 @@ def distilled(
     batch: int,
     progress: Callable[[str], None] | None = None,
     seed: int = 0,
-) -> tuple[ModelProto, list[Refit]]:
-    """A copy of the pruned model with other weights, and the share of its outputs' spread that is missed on held-out samples.
+) -> ModelProto:
+    """A copy of the pruned model with other weights, nearer to the original on held-out samples.
 
-    seen, held: samples to fit to, and to choose by; batches of another size than the first are left out.  The model as it is, and no
-    refits, where no weight's gradient is known or nothing better is found; `progress` is told why.
+    seen, held: samples to fit to, and to choose by; batches of another size than the first are left out.  The model as it is
+    where no weight's gradient is known or nothing better is found; `progress` is told why.
     """
     say = progress or (lambda text: None)
     lifted = with_initializers(pruned)
@@ -62,26 +61,26 @@ def distilled(
     batches = [list(_alike(some, batch, seen)) for some in (seen.part(0, 4 * batch), held)]
     if not (weights and all(batches)):
         say("the model is not distilled: " + ("there are too few samples to hold some out" if weights else "it has no weights to change"))
-        return pruned, []
+        return pruned
     first, tests = batches
     try:
         found = lesson(plan, lifted, weights, first)
         if found is None or not _agrees(found, first[0], weights):
             reason = "how its outputs change with its weights is not known" if found is None else "its gradient fails a finite difference"
             say(f"the model is not distilled: {reason}")
-            return pruned, []
+            return pruned
         start = found.losses(tests, weights)
         for rate in (RATE, RATE / AGAIN):
             course = Course(rate, _passes(plan, seen), seed)
-            best, end = _course(found, course, weights, start, seen, batch, tests, say)
+            best = _course(found, course, weights, start, seen, batch, tests, say)
             if best is not weights:
                 break
     except OnnxPruneError as error:
         say(f"the model is not distilled: {error}")
-        return pruned, []
+        return pruned
     if best is weights:
         say("the model is not distilled: nothing does better on samples that were held out")
-        return pruned, []
+        return pruned
     out = ModelProto()
     out.CopyFrom(pruned)
     tensors = tensors_of(out)
@@ -90,9 +89,9 @@ def distilled(
             array = best[name].astype(numpy_helper.to_array(tensors[name]).dtype)
         if not np.isfinite(array.astype(np.float32)).all():
             say("the model is not distilled: half precision does not hold what was found")
-            return pruned, []
+            return pruned
         write(tensors[name], array)
-    return out, [Refit(t.name, start[t.name] / t.share, end[t.name] / t.share, 0.0) for t in found.wanted if t.final]
+    return out
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,8 @@ def _course(
     batch: int,
     tests: Sequence[Arrays],
     say: Callable[[str], None],
-) -> tuple[Changes, dict[str, float]]:
-    """The weights after the pass that does best on the tests, `start` itself where none does better, and the losses there."""
+) -> Changes:
+    """The weights after the pass that does best on the tests, `start` itself where none does better."""
     best, least, mine = start, losses, start
     steps, step = course.passes * max(1, seen.count // batch), 0
     adam = Adam()
@@ -143,7 +142,7 @@ def _course(
         say(f"distilling, pass {number + 1} of {course.passes}: on held-out samples the outputs miss {missed:.4f}, {before:.4f} at first")
         if sum(now.values()) < sum(least.values()):
             best, least = mine, now
-    return best, least
+    return best
 
 
 def mixed(feeds: Arrays, rng: np.random.Generator) -> Arrays:

@@ -47,9 +47,6 @@ def test_it_does_better_than_layer_by_layer_on_images_that_it_has_not_seen() -> 
     shapes = [{name: (array.shape, array.dtype) for name, array in weights_of(one.model).items()} for one in (before, after)]
     assert shapes[0] == shapes[1]
     assert [n.op_type for n in after.model.graph.node] == [n.op_type for n in before.model.graph.node]
-    refit = after.refits[-1]
-    assert refit.node == onnx.load(RESNET).graph.output[0].name
-    assert refit.after < refit.before
 
 
 def test_the_same_for_a_seed_and_another_for_another() -> None:
@@ -58,7 +55,7 @@ def test_the_same_for_a_seed_and_another_for_another() -> None:
     assert any(not np.array_equal(array, other[name]) for name, array in first.items())
 
 
-def test_a_gradient_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_that_is_wrong_is_not_used_and_layers_are_refined_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     def doubled(site: Site) -> Sequence[Value | None]:
         return (site.g * 2.0,)
 
@@ -66,13 +63,13 @@ def test_a_gradient_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -
     found, said = pruned(RESNET, "distill")
     assert any("finite difference" in line for line in said)
     assert not any(line.startswith("distilling") for line in said)
-    assert all(refit.node != found.model.graph.output[0].name for refit in found.refits)
+    assert found.model == pruned(RESNET, "refine")[0].model
 
 
-def test_too_few_samples_leave_what_reconstruct_made() -> None:
+def test_too_few_samples_are_said() -> None:
     found, said = pruned(RESNET, "distill", samples=1)
     assert any("too few samples" in line for line in said)
-    assert all(np.isfinite(array).all() for array in weights_of(found.model).values() if array.dtype.kind == "f")
+    assert found.model == pruned(RESNET, "refine", samples=1)[0].model
 
 
 def two_layers(last: str = "", kind: int = TensorProto.FLOAT, between: str = "Relu") -> onnx.ModelProto:
