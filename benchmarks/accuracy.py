@@ -229,14 +229,14 @@ def main() -> None:
     parser.add_argument(
         "--default",
         nargs=4,
-        default=["obs", "distortion", "refine", "data"],
+        default=["obs", "distortion", "distill", "data"],
         metavar=("CRITERION", "ALLOCATION", "COMPENSATION", "CALIBRATION"),
         help="what the ablation and the other models start from",
     )
     parser.add_argument(
         "--free",
         nargs=4,
-        default=["obs", "distortion", "refine", "noise"],
+        default=["obs", "distortion", "distill", "noise"],
         metavar=("CRITERION", "ALLOCATION", "COMPENSATION", "CALIBRATION"),
         help="what is shown as onnxprune without samples, of the rows that are there",
     )

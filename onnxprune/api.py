@@ -179,7 +179,7 @@ def prune(
     `all`: branches first where that changes the outputs less, then channels.  criterion and allocation are about widths:
     branches go by how much the outputs change without them, for what they cost (`random`: by chance).
     calibration: samples for what looks at activations (see `read_calibration`, whose `preprocess` and limit of `samples` these are):
-    with them the defaults are criterion `obs`, allocation `distortion` and compensation `refine`; with "none", data-free,
+    with them the defaults are criterion `obs`, allocation `distortion` and compensation `distill`; with "none", data-free,
     `obs`, `global` and `merge` by what the weights alone let expect; where it is not given `l2`, `uniform` and `none`.  `auto` for
     criterion or allocation takes what changes the outputs least.  steps: rounds in which units are chosen, each on what the round
     before left and fitted.
@@ -204,7 +204,7 @@ def prune(
     given, free = calibration not in (None, "none"), calibration == "none"
     criterion = criterion or ("obs" if given or free else "l2")
     allocation = allocation or ("global" if free else DISTORTION if given and criterion != PCA else "uniform")
-    compensation = compensation or ("refine" if given else "merge" if free else "none")
+    compensation = compensation or ("distill" if given else "merge" if free else "none")
     check_criterion(criterion, given, free)
     check_allocation(allocation, given)
     check_compensation(compensation, given)

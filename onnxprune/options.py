@@ -200,7 +200,7 @@ CALIBRATION = options(
         "--compensation",
         shell_complete=one_of(compensations),
         metavar="NAME",
-        help="How what stays makes up for what went: refine, reconstruct, moments, update, mean, merge (data-free), none.",
+        help="How what stays makes up for what went: distill, refine, reconstruct, moments, update, mean, merge (data-free), none.",
     ),
     click.option("--steps", metavar="N", default=1, show_default=True, type=click.IntRange(1), help="Rounds of choosing and compensating."),
 )

@@ -342,5 +342,5 @@ def test_the_plan_of_a_compensated_run_applies_as_surgery_alone(tmp_path: Path) 
         assert np.isin(array, whole[name]).all()
     assert any(not np.array_equal(array, arrays(out)[name]) for name, array in surgery.items())
     plan = json.loads((tmp_path / "plan.json").read_text())
-    assert (plan["options"]["criterion"], plan["options"]["compensation"]) == ("obs", "refine")
+    assert (plan["options"]["criterion"], plan["options"]["compensation"]) == ("obs", "distill")
     assert said["options"] == plan["options"]
