@@ -32,6 +32,7 @@ AGAIN = 8  # times slower, where nothing better was found
 LEAST = 1e-2  # the root mean square of tensors that are smaller
 WORK = 3e13  # multiply-accumulates that all passes may take
 PASSES = 40
+MOST = 3 * 10**8  # numbers of all weights, of which five copies are held
 WARM = 20  # steps until the rate is reached
 DECAY = (0.9, 0.99)
 MIXED = 0.5  # of a sample, at the most, is another one
@@ -59,8 +60,11 @@ def distilled(
     names = set(trainable(lifted))
     weights = {t.name: numpy_helper.to_array(t) for t in lifted.graph.initializer if t.name in names}
     batches = [list(_alike(some, batch, seen)) for some in (seen.part(0, 4 * batch), held)]
-    if not (weights and all(batches)):
-        say("the model is not distilled: " + ("there are too few samples to hold some out" if weights else "it has no weights to change"))
+    passes = _passes(plan, seen)
+    few = "there are too few samples to hold some out" if not all(batches) else ""
+    large = "the model or the calibration set is too large" if passes < 1 or sum(w.size for w in weights.values()) > MOST else ""
+    if few or large or not weights:
+        say(f"the model is not distilled: {few or large or 'it has no weights to change'}")
         return pruned
     first, tests = batches
     try:
@@ -71,7 +75,7 @@ def distilled(
             return pruned
         start = found.losses(tests, weights)
         for rate in (RATE, RATE / AGAIN):
-            course = Course(rate, _passes(plan, seen), seed)
+            course = Course(rate, passes, seed)
             best = _course(found, course, weights, start, seen, batch, tests, say)
             if best is not weights:
                 break
@@ -107,7 +111,7 @@ def _passes(plan: Plan, seen: Samples) -> int:
     model = plan.grouping.model
     together = next((shape[0] for shape in model.input_shapes.values() if shape), 1)
     once = 4 * count_macs(model) / max(1, together) * seen.count  # the original forward, the pruned one forward and back
-    return max(1, min(PASSES, int(WORK / max(once, 1.0))))
+    return min(PASSES, int(WORK / max(once, 1.0)))
 
 
 def _alike(some: Samples, batch: int, seen: Samples) -> Iterator[Arrays]:

@@ -180,15 +180,18 @@ def lesson(plan: Plan, pruned: ModelProto, weights: Arrays, some: Sequence[Array
     None where the gradient of no weight is known.
     """
     everything = Forward(pruned, [name for node in pruned.graph.node for name in node.output if name], weights)
-    runs = [everything.run(feeds, weights) for feeds in some[:2]]
+    seen = everything.run(some[0], weights)
     constants = {t.name: numpy_helper.to_array(t) for t in pruned.graph.initializer if t.name not in weights}
-    known = {name: array for name, array in runs[0].items() if isinstance(array, np.ndarray)} | constants
+    known = {name: array for name, array in seen.items() if isinstance(array, np.ndarray)} | constants
     shapes = {name: array.shape for name, array in known.items()}
     floats = {name for name, array in known.items() if array.dtype == np.float32}
     steady = {name: array for name, array in known.items() if array.dtype.kind in "iub" and array.size <= SMALL}
-    steady = {name: array for name, array in steady.items() if all(np.array_equal(array, run.get(name, array)) for run in runs)}
+    del seen, known, everything
+    made = [name for name in made_by(pruned.graph.node) if name in steady]
+    for feeds in some[1:2] if made else ():  # numbers that depend on more than the sizes are not the same again
+        again = Forward(pruned, made, weights).run(feeds, weights)
+        steady = {name: array for name, array in steady.items() if np.array_equal(array, again.get(name, array))}
     steady |= {name: array for name, array in constants.items() if array.size <= SMALL}
-    del runs, known, everything
     wanted = [target for target in targets(plan, pruned) if target.name in floats]
     graph = backward(pruned, [target.name for target in wanted], list(weights), shapes, steady, floats)
     if not graph.weights:
