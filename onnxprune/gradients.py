@@ -214,7 +214,7 @@ def backward(
     """The backward pass of a model's main graph from some of its values to those of the weights whose gradient is known in full.
 
     shapes: of every value and tensor; arrays: those that do not depend on what the samples are; floats: the values and tensors that
-    are floating-point numbers.
+    are floating-point numbers.  What has no shape (a sequence) may hold them.
     """
     tape = Tape()
     opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 1)
@@ -222,7 +222,7 @@ def backward(
     starts = {end: changes[0].name for end, changes in known.items()}
     broken: set[str] = set()  # values on whose way to an end a rule is missing
     for node in reversed(proto.graph.node):
-        read = [name for name in (*node.input, *captured(node)) if name in floats]
+        read = [name for name in (*node.input, *captured(node)) if name in floats or (name and name not in shapes)]
         made = [name for name in node.output if name]
         if broken.intersection(made):
             broken.update(read)
@@ -239,7 +239,7 @@ def backward(
                 known.setdefault(name, []).append(change)
         broken.update(set(read) - {name for name, change in zip(node.input, back, strict=False) if change is not None})
     found = {name: total for name in weights if name not in broken and (total := _total(tape, known, name)) is not None}
-    return _assembled(tape, {name: value.name for name, value in found.items()}, starts, proto, set(weights), shapes)
+    return _assembled(tape, {name: value.name for name, value in found.items()}, starts, proto, set(weights), shapes, floats)
 
 
 def _passed(site: Site) -> Sequence[Value | None]:
@@ -263,6 +263,7 @@ def _assembled(
     proto: ModelProto,
     changing: Collection[str],
     shapes: Mapping[str, tuple[int, ...]],
+    floats: Collection[str],
 ) -> Backward:
     """The nodes that the weights' changes need, in order, with inputs and outputs; tensors that never change are constants."""
     needed, alive = set(weights.values()), []
@@ -279,7 +280,9 @@ def _assembled(
     graph.initializer.extend(tensor for name, tensor in fixed.items() if name in needed)
     given = sorted(needed - made - set(fixed) - {""})
     mine = {name: end for end, name in starts.items()}
-    graph.input.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes[mine.get(name, name)]) for name in given)
+    for name in given:  # what rules read is float, but for the conditions of Where
+        kind = TensorProto.FLOAT if name in mine or name in floats else TensorProto.BOOL
+        graph.input.append(helper.make_tensor_value_info(name, kind, shapes[mine.get(name, name)]))
     ends = {value: name for name, value in weights.items()}
     graph.output.extend(helper.make_tensor_value_info(value, TensorProto.FLOAT, shapes[name]) for value, name in ends.items())
     used = {end: name for end, name in starts.items() if name in given}

@@ -208,3 +208,75 @@ def test_a_weight_before_a_node_without_a_rule_gets_no_gradient() -> None:
     shapes = {name: array.shape for name, array in known.items()}
     found = backward(proto, ["y"], ["a", "b"], shapes, {"axis": np.array(0)}, set(known))
     assert set(found.weights) == {"b"}
+
+
+def made_by_nodes(nodes: list[Any], given: dict[str, Array], constants: dict[str, Array], outputs: int = 1) -> ModelProto:
+    inputs = [helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for name, a in given.items()]
+    ends = [helper.make_empty_tensor_value_info(node.output[0]) for node in nodes[-outputs:]]
+    tensors = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "g", inputs, ends, tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def test_a_condition_that_the_forward_pass_makes_is_read_as_one() -> None:
+    nodes = [helper.make_node("Greater", ["x", "a"], ["more"]), helper.make_node("Where", ["more", "x", "a"], ["y"])]
+    given = {"x": np.float32([1, -2, 3]), "a": np.float32([0, 0, 4])}
+    known = given | {"more": given["x"] > given["a"], "y": np.zeros(3, np.float32)}
+    proto = made_by_nodes(nodes, given, {})
+    found = backward(proto, ["y"], ["x", "a"], {name: array.shape for name, array in known.items()}, {}, {"x", "a", "y"})
+    feeds = {found.starts["y"]: np.float32([5, 6, 7])} | {name: known[name] for name in found.reads}
+    to_x, to_a = session(found.model).run([found.weights[name] for name in "xa"], feeds)
+    np.testing.assert_array_equal(to_x, [5, 0, 0])
+    np.testing.assert_array_equal(to_a, [0, 6, 7])
+
+
+def test_rows_that_are_masked_as_a_whole_pass_nothing_back() -> None:
+    """Where padding leaves nothing to attend to, Softmax makes NaN, which exporters replace by zeros."""
+    nodes = [
+        helper.make_node("Add", ["x", "mask"], ["masked"]),
+        helper.make_node("Softmax", ["masked"], ["shares"]),
+        helper.make_node("IsNaN", ["shares"], ["empty"]),
+        helper.make_node("Where", ["empty", "zero", "shares"], ["y"]),
+    ]
+    given, constants = {"x": np.float32([[1, 2], [3, 4]])}, {"mask": np.float32([[0, 0], [-np.inf] * 2]), "zero": np.float32([0])}
+    proto = made_by_nodes(nodes, given, constants)
+    proto.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in ("masked", "shares", "empty"))
+    known = given | constants | dict(zip((v.name for v in proto.graph.output), session(proto).run(None, given), strict=True))
+    floats = {name for name, array in known.items() if array.dtype == np.float32}
+    found = backward(proto, ["y"], ["x"], {name: array.shape for name, array in known.items()}, constants, floats)
+    feeds = {found.starts["y"]: np.float32([[1, 0], [1, 0]])} | {name: known[name] for name in found.reads}
+    (to_x,) = session(found.model).run(None, feeds)
+    share = known["y"][0, 0] * known["y"][0, 1]
+    np.testing.assert_allclose(to_x, [[share, -share], [0, 0]], atol=1e-6)
+
+
+def test_what_reaches_an_end_through_a_sequence_gets_no_gradient() -> None:
+    nodes = [
+        helper.make_node("Mul", ["x", "a"], ["one"]),
+        helper.make_node("SequenceConstruct", ["one"], ["many"]),
+        helper.make_node("SequenceAt", ["many", "first"], ["two"]),
+        helper.make_node("Add", ["two", "one"], ["y"]),
+    ]
+    known = {name: np.ones(3, np.float32) for name in ("x", "a", "one", "two", "y")}
+    constants = {"first": np.array(0)}
+    proto = made_by_nodes(nodes, {name: known[name] for name in "xa"}, constants)
+    shapes = {name: array.shape for name, array in (known | constants).items()}
+    assert not backward(proto, ["y"], ["a"], shapes, constants, set(known)).weights
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("ConvTranspose", ((1, 2, 5, 5), (2, 3, 3, 3)), {"strides": [2, 2], "output_shape": [10, 10]}),
+        Case(
+            "Resize",
+            ((1, 2, 5, 5), None, np.float32([1, 1, 2.1, 2.1])),  # 10 places, but not two of each
+            {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"},
+        ),
+        Case("Dropout", ((2, 3), np.float32(0.5), np.array(True))),
+    ],
+    ids=lambda case: case.id,
+)
+def test_no_gradient_where_a_rule_does_not_hold(case: Case) -> None:
+    rng = np.random.default_rng(0)
+    assert not gradient(*built(case, rng), rng)[1]

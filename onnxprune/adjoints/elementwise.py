@@ -98,8 +98,16 @@ def clip(site: Site, x: Value, y: Value) -> Value:
     return _cast(site.tape.op("Equal", x, y))
 
 
-@adjoint("Identity", "Dropout")
+@adjoint("Identity")
 def identity(site: Site) -> Sequence[Value | None]:
+    return (site.g,)
+
+
+@adjoint("Dropout")
+def dropout(site: Site) -> Sequence[Value | None]:
+    """Nothing is dropped, but for training: then what it drops is another at each run."""
+    if site.has(2) and site.array(2).any():
+        raise NoRuleError
     return (site.g,)
 
 

@@ -77,7 +77,9 @@ def _axis(site: Site) -> int:
 
 @adjoint("Softmax")
 def softmax(site: Site) -> Sequence[Value | None]:
+    """Rows that are masked as a whole are no numbers; models put zeros there afterwards, which pass nothing back."""
     y, g = site.y[0], site.g
+    y = y.where(site.tape.op("Not", site.tape.op("IsNaN", y)))
     return (y * (g - (g * y).sum([_axis(site)])),)
 
 

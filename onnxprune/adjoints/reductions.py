@@ -137,10 +137,17 @@ def resize(site: Site) -> Sequence[Value | None]:
     if _text(site, "mode", "nearest") != "nearest" or tuple(where) not in (*floor, *middle):
         raise NoRuleError
     shape, out = site.shape(), site.out
-    if any(o % n for o, n in zip(out, shape, strict=True)):
+    if any(o % n for o, n in zip(out, shape, strict=True)) or any(scale % 1 for scale in _scales(site)):
         raise NoRuleError
     apart = [n for o, n in zip(out, shape, strict=True) for n in (n, o // n)]
     return (site.g.reshape(apart).sum(list(range(1, 2 * len(shape), 2)), keepdims=False),)
+
+
+def _scales(site: Site) -> list[float]:
+    """What is given of them: sizes may be rounded."""
+    position = 1 if site.node.op_type == "Upsample" or site.opset < 11 else 2
+    given = site.array(position) if site.has(position) else np.asarray(site.get("scales", []))
+    return [float(scale) for scale in given.ravel()]
 
 
 def _text(site: Site, name: str, default: str) -> str:
