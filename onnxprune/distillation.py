@@ -41,6 +41,7 @@ ENDS = (1e-2, 1e-3, 1e-1)  # of the loss: what a finite difference is taken over
 AGREES = 0.1  # how far the gradient and the finite difference may be apart
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # what grows without bounds does no better on held-out samples
 def distilled(
     plan: Plan,
     pruned: ModelProto,
@@ -56,26 +57,29 @@ def distilled(
     where no weight's gradient is known or nothing better is found; `progress` is told why.
     """
     say = progress or (lambda text: None)
+    batch, some = seen.at_once or batch, seen.part(0, 4 * max(batch, seen.at_once or 1))
     lifted = with_initializers(pruned)
     names = set(trainable(lifted))
     weights = {t.name: numpy_helper.to_array(t) for t in lifted.graph.initializer if t.name in names}
-    batches = [list(_alike(some, batch, seen)) for some in (seen.part(0, 4 * batch), held)]
-    passes = _passes(plan, seen)
+    batches = [list(_alike(part, batch, seen)) for part in (some, held)]
+    passes, many = _passes(plan, seen), sum(1 for _ in _alike(seen.shuffled(seed), batch, seen))
     few = "there are too few samples to hold some out" if not all(batches) else ""
+    first = next((count for _, _, count in seen.counted(batch)), 0)
+    few = "most samples are of other sizes than the first; pad them to one" if 2 * many * first < seen.count else few
     large = "the model or the calibration set is too large" if passes < 1 or sum(w.size for w in weights.values()) > MOST else ""
     if few or large or not weights:
         say(f"the model is not distilled: {few or large or 'it has no weights to change'}")
         return pruned
-    first, tests = batches
+    shown, tests = batches
     try:
-        found = lesson(plan, lifted, weights, first)
-        if found is None or not _agrees(found, first[0], weights):
+        found = lesson(plan, lifted, weights, shown)
+        if found is None or not _agrees(found, shown[0], weights):
             reason = "how its outputs change with its weights is not known" if found is None else "its gradient fails a finite difference"
             say(f"the model is not distilled: {reason}")
             return pruned
         start = found.losses(tests, weights)
         for rate in (RATE, RATE / AGAIN):
-            course = Course(rate, passes, seed)
+            course = Course(rate, passes, passes * many, seed)
             best = _course(found, course, weights, start, seen, batch, tests, say)
             if best is not weights:
                 break
@@ -100,10 +104,11 @@ def distilled(
 
 @dataclass(frozen=True)
 class Course:
-    """How fast, and how often through the samples."""
+    """How fast, how often through the samples, and how many steps that are."""
 
     rate: float
     passes: int
+    steps: int
     seed: int
 
 
@@ -133,14 +138,14 @@ def _course(
 ) -> Changes:
     """The weights after the pass that does best on the tests, `start` itself where none does better."""
     best, least, mine = start, losses, start
-    steps, step = course.passes * max(1, seen.count // batch), 0
-    adam = Adam()
+    adam, step = Adam(), 0
     for number in range(course.passes):
         for feeds in _alike(seen.shuffled(course.seed + number), batch, seen):
             step += 1
-            rate = course.rate * min(1, step / WARM) * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))
+            rate = course.rate * min(1, step / WARM) * 0.5 * (1 + math.cos(math.pi * min(1, step / course.steps)))
             _, change = found.gradient(mixed(feeds, np.random.default_rng([course.seed, step])), mine)
-            mine = adam.stepped(mine, change, rate)
+            if all(np.isfinite(array).all() for array in change.values()):
+                mine = adam.stepped(mine, change, rate)
         now = found.losses(tests, mine)
         missed, before = (sum(each[t.name] for t in found.wanted if t.final) for each in (now, losses))
         say(f"distilling, pass {number + 1} of {course.passes}: on held-out samples the outputs miss {missed:.4f}, {before:.4f} at first")
@@ -198,7 +203,7 @@ def _agrees(found: Lesson, feeds: Arrays, weights: Changes) -> bool:
         return False
     along = {name: array * np.asarray(rng.uniform(0.5, 1.5, array.shape), np.float32) for name, array in change.items()}
     slope = sum(float(np.sum(array * along[name], dtype=np.float64)) for name, array in change.items())
-    if not slope > 0:
+    if not (0 < slope < math.inf and 0 < loss < math.inf):
         return False
     for size in ENDS:
         length = size * loss / slope

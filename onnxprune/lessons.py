@@ -14,23 +14,27 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 import onnxprune.adjoints  # noqa: F401  registers the rules
 from onnxprune.capture import Tap, towards
 from onnxprune.emphasis import emphasis
 from onnxprune.errors import OnnxPruneError
 from onnxprune.gradients import Backward, backward
-from onnxprune.linear import live, made_by
+from onnxprune.importer import FLOATS
+from onnxprune.linear import RECURRENT, live, made_by
 from onnxprune.plans import Plan
 from onnxprune.rewriter import Widths
 from onnxprune.running import Arrays, as_float32, first_line, session, widened
 from onnxprune.scopes import captured
-from onnxprune.seats import all_seats
+from onnxprune.seats import all_seats, tensors_of
 
 HIDDEN = 10.0
+ROUNDING = 1e-8  # of the sum of squares
+MASKING = 1e4  # as large as no bias is
 SMALL = 65536  # numbers of a constant that a rule may look at
 LAST = ("Softmax", "LogSoftmax", "Sigmoid")
+DRAWN = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 WEIGHED = {  # which inputs of which operators are weights
     **dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), (1, 2)),
     **dict.fromkeys(("LayerNormalization", "BatchNormalization", "InstanceNormalization"), (1, 2)),
@@ -38,7 +42,7 @@ WEIGHED = {  # which inputs of which operators are weights
     **dict.fromkeys(("MatMul", "Einsum", "Add", "Mul"), (0, 1)),
     "Sub": (1,),
 }
-BESIDE = ("Add", "Mul", "Sub")  # of their constants those with one number a channel
+BESIDE = ("Add", "Mul", "Sub")  # of their constants those with one number a channel, behind a layer
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,10 @@ class Target:
 def targets(plan: Plan, pruned: ModelProto) -> list[Target]:
     """The outputs, or the logits behind them, and what residual Adds make."""
     made, originally = made_by(pruned.graph.node), made_by(plan.grouping.model.main)
-    outputs = []
+    outputs, constants = [], tensors_of(pruned)
     for value in pruned.graph.output:
+        if value.name in constants or value.type.tensor_type.elem_type not in (*FLOATS, TensorProto.UNDEFINED):
+            continue
         node, old = made.get(value.name), originally.get(value.name)
         last = node is not None and old is not None and node.op_type in LAST and list(node.input) == list(old.input)
         outputs.append(node.input[0] if last and node is not None else value.name)
@@ -73,6 +79,7 @@ def targets(plan: Plan, pruned: ModelProto) -> list[Target]:
 def trainable(proto: ModelProto) -> list[str]:
     """The initializers that are nothing but weights, biases or scales of the main graph's layers and norms."""
     tensors = {t.name: t for t in proto.graph.initializer}
+    widths, learned = _learned(proto, tensors)
     good: set[str] = set()
     bad = {v.name for v in (*proto.graph.output, *proto.graph.input)}
     for node in proto.graph.node:
@@ -80,16 +87,55 @@ def trainable(proto: ModelProto) -> list[str]:
         for position, name in enumerate(node.input):
             if name not in tensors:
                 continue
-            wide = sum(n > 1 for n in tensors[name].dims)
-            fits = wide == 1 if node.op_type in BESIDE else wide > 0
+            wide = [n for n in tensors[name].dims if n > 1]
+            if node.op_type in BESIDE:
+                fits = len(wide) == 1 and wide[0] in widths and bool(learned.intersection(node.input)) and _moderate(tensors[name])
+            else:
+                fits = bool(wide) and not _outer(node, position, tensors[name].dims)
             (good if fits and position in WEIGHED.get(node.op_type, ()) and node.domain in ("", "ai.onnx") else bad).add(name)
     return [name for name, tensor in tensors.items() if name in good - bad and tensor.data_type == TensorProto.FLOAT]
 
 
+def _learned(proto: ModelProto, tensors: Mapping[str, TensorProto]) -> tuple[set[int], set[str]]:
+    """How wide layers, norms and embeddings are, and the values behind any of them.
+
+    Constants before them prepare the input (a mean and a deviation, frequencies that positions are multiplied by), and ones along
+    another axis than that of channels belong to places (masks, strides of anchors).
+    """
+    widths: set[int] = set()
+    learned: set[str] = set()
+    for node in proto.graph.node:
+        layer = node.op_type in (*WEIGHED, *RECURRENT) and node.op_type not in BESIDE
+        layer = layer or (node.op_type == "Gather" and node.input[0] in tensors and tensors[node.input[0]].data_type == TensorProto.FLOAT)
+        for position, name in enumerate(node.input):
+            if layer and name in tensors and not _outer(node, position, tensors[name].dims):
+                widths.update(tensors[name].dims)
+        if layer or (node.op_type not in ("Shape", "Size") and (learned.intersection(node.input) or learned & captured(node))):
+            learned.update(name for name in node.output if name)
+    return widths, learned
+
+
+def _outer(node: NodeProto, position: int, dims: Sequence[int]) -> bool:
+    """Whether a product sums over nothing."""
+    if node.op_type == "MatMul":
+        return len(dims) > 1 and dims[-1 if position == 0 else -2] == 1
+    return node.op_type == "Einsum" and sum(n > 1 for n in dims) < 2
+
+
+def _moderate(tensor: TensorProto) -> bool:
+    """No mask: 0 where something counts, and something very negative elsewhere."""
+    array = numpy_helper.to_array(tensor)
+    return bool(np.isfinite(array).all() and np.abs(array).max(initial=0) < MASKING)
+
+
 def with_initializers(proto: ModelProto) -> ModelProto:
-    """A float32 copy whose constant tensors are all initializers."""
+    """A float32 copy whose constant tensors are all initializers, and none of them an input that may be given instead."""
     copy = as_float32(proto)
     del copy.graph.value_info[:]
+    stored = {t.name for t in copy.graph.initializer}
+    for i in reversed(range(len(copy.graph.input))):
+        if copy.graph.input[i].name in stored:
+            del copy.graph.input[i]
     for i in reversed(range(len(copy.graph.node))):
         node = copy.graph.node[i]
         value = next((a.t for a in node.attribute if a.name == "value"), None)
@@ -185,10 +231,11 @@ def lesson(plan: Plan, pruned: ModelProto, weights: Arrays, some: Sequence[Array
     known = {name: array for name, array in seen.items() if isinstance(array, np.ndarray)} | constants
     shapes = {name: array.shape for name, array in known.items()}
     floats = {name for name, array in known.items() if array.dtype == np.float32}
-    steady = {name: array for name, array in known.items() if array.dtype.kind in "iub" and array.size <= SMALL}
+    free = _free(pruned)
+    steady = {name: array for name, array in known.items() if array.dtype.kind in "iub" and array.size <= SMALL and name not in free}
     del seen, known, everything
     made = [name for name in made_by(pruned.graph.node) if name in steady]
-    for feeds in some[1:2] if made else ():  # numbers that depend on more than the sizes are not the same again
+    for feeds in some[1:2] if made else ():  # sizes that depend on the samples are not the same again
         again = Forward(pruned, made, weights).run(feeds, weights)
         steady = {name: array for name, array in steady.items() if np.array_equal(array, again.get(name, array))}
     steady |= {name: array for name, array in constants.items() if array.size <= SMALL}
@@ -198,13 +245,28 @@ def lesson(plan: Plan, pruned: ModelProto, weights: Arrays, some: Sequence[Array
         return None
     original, widths = Tap(plan.grouping.model.proto, [target.name for target in wanted]), Widths(plan.grouping, plan.remove)
     spreads = {target.name: 0.0 for target in wanted}
-    for feeds in some:
-        then = original.run(feeds)
+    middles: dict[str, np.ndarray] = {}
+    for then in (original.run(feeds) for feeds in some):
         for target in wanted:
             goal = widths.cut(target.name, then[target.name])
-            spreads[target.name] += max(_spread(goal, _counts(target, goal, feeds)), 1e-30) / len(some)
+            middles[target.name] = middles.get(target.name, np.float32(0)) + _middle(goal) / len(some)
+    for feeds, then in ((feeds, original.run(feeds)) for feeds in some):
+        for target in wanted:
+            goal = widths.cut(target.name, then[target.name])
+            apart = goal.ndim > 0 and len(goal) > 1  # samples of one batch
+            middle = _middle(goal) if apart else middles[target.name] if len(some) > 1 else goal.mean()
+            spreads[target.name] += _spread(goal, middle, _counts(target, goal, feeds)) / len(some)
     forward = Forward(pruned, [*(target.name for target in wanted), *graph.reads], weights)
     return Lesson(original, forward, session(graph.model, optimize=True, threads=0), graph, widths, wanted, spreads)
+
+
+def _free(proto: ModelProto) -> set[str]:
+    """The values that depend on what the samples are, and not only on their sizes."""
+    free = {v.name for v in proto.graph.input}
+    for node in proto.graph.node:
+        if node.op_type in DRAWN or (node.op_type not in ("Shape", "Size") and (free.intersection(node.input) or free & captured(node))):
+            free.update(name for name in node.output if name)
+    return free
 
 
 def _counts(target: Target, goal: np.ndarray, feeds: Arrays) -> np.ndarray:
@@ -220,7 +282,15 @@ def _counts(target: Target, goal: np.ndarray, feeds: Arrays) -> np.ndarray:
     return counts
 
 
-def _spread(goal: np.ndarray, counts: np.ndarray) -> float:
-    """Σ of weighted squares of what differs between samples, or between all numbers where there is one sample."""
-    mean = goal.mean(axis=0, keepdims=True) if goal.ndim and len(goal) > 1 else goal.mean()
-    return float(np.sum(np.square(goal - mean) * counts, dtype=np.float64))
+def _middle(goal: np.ndarray) -> np.ndarray:
+    """The mean of the samples of a batch."""
+    return np.asarray(goal.mean(axis=0, keepdims=True) if goal.ndim else goal)
+
+
+def _spread(goal: np.ndarray, middle: np.ndarray, counts: np.ndarray) -> float:
+    """Σ of weighted squares of what differs between samples, or between all numbers where there is one sample.
+
+    Not less than rounding makes of values that are the same for all samples.
+    """
+    apart, size = (float(np.sum(np.square(array) * counts, dtype=np.float64)) for array in (goal - middle, goal))
+    return max(apart, ROUNDING * size, 1e-30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnxprune
 from onnxprune.calibration import read_calibration
-from onnxprune.distillation import mixed
+from onnxprune.distillation import Adam, mixed
 from onnxprune.fidelity import fidelity
 from onnxprune.gradients import RULES, Site, Value
 from onnxprune.importer import load
-from onnxprune.lessons import targets, trainable, with_initializers
+from onnxprune.lessons import Lesson, lesson, targets, trainable, with_initializers
+from onnxprune.running import session
 
 RESNET = MODELS / "digits-resnet.onnx"
 IMAGES = MODELS / "digits-images.calibration.npz"
@@ -142,6 +144,142 @@ def test_constant_nodes_are_initializers_too() -> None:
     values = [numpy_helper.to_array(one.graph.node[0].attribute[0].t) for one in (found.model, kept)]
     assert values[0].shape == values[1].shape
     assert not np.array_equal(*values)
+
+
+def three_values(extra: Sequence[Any], tensors: dict[str, np.ndarray], outputs: Sequence[str] = ()) -> onnx.ModelProto:
+    """`two_layers` with nodes and tensors besides, and more outputs."""
+    model = two_layers()
+    model.graph.node.extend(extra)
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in tensors.items())
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs)
+    return model
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_outputs_that_are_constants_are_nothing_to_learn(stored: bool) -> None:
+    constant = helper.make_node("Constant", [], ["k"], value=numpy_helper.from_array(np.ones(3, np.float32)))
+    model = three_values([] if stored else [constant], {"k": np.ones(3, np.float32)} if stored else {}, ["k"])
+    found, said = pruned(model, "distill", calibration=X)
+    assert any(line.startswith("distilling") for line in said)
+    np.testing.assert_array_equal(session(found.model).run(["k"], {"x": X["x"][:1]})[0], np.ones(3))
+
+
+def test_integers_among_the_outputs_take_no_share_of_the_loss() -> None:
+    model = three_values([helper.make_node("ArgMax", ["logits"], ["best"], axis=1)], {})
+    model.graph.output.append(helper.make_tensor_value_info("best", TensorProto.INT64, ["n", 1]))
+    plan = onnxprune.plan(model, 0.5, verify=False)
+    assert [(t.name, t.share) for t in targets(plan, onnxprune.apply(model, plan).model)] == [("logits", 1.0)]
+
+
+@pytest.mark.parametrize("version", [3, 8])
+def test_initializers_that_are_inputs_too_are_weights(version: int) -> None:
+    model = two_layers()
+    model.ir_version = version
+    model.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in two_layers().graph.initializer)
+    found, said = pruned(model, "distill", calibration=X)
+    assert any(line.startswith("distilling") for line in said)
+    assert {v.name for v in found.model.graph.input} == {v.name for v in model.graph.input}
+    assert not np.array_equal(weights_of(found.model)["a"], weights_of(onnxprune.apply(model, found.plan).model)["a"])
+
+
+def test_what_prepares_the_input_or_belongs_to_places_is_not_trained() -> None:
+    """A mean before any layer, frequencies of positions, a mask, strides of anchors."""
+    nodes = [
+        helper.make_node("Sub", ["x", "mean"], ["centred"]),
+        helper.make_node("MatMul", ["centred", "w"], ["made"]),
+        helper.make_node("Add", ["made", "b"], ["biased"]),
+        helper.make_node("Add", ["biased", "mask"], ["masked"]),
+        helper.make_node("Transpose", ["masked"], ["turned"], perm=[0, 2, 1]),
+        helper.make_node("Mul", ["turned", "strides"], ["y"]),
+        helper.make_node("Cast", ["positions"], ["placed"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["frequencies", "placed"], ["angles"]),
+        helper.make_node("Mul", ["placed", "rates"], ["others"]),
+        helper.make_node("Shape", ["made"], ["sizes"]),
+        helper.make_node("Gather", ["sizes", "second"], ["long"]),
+        helper.make_node("Range", ["none", "long", "one"], ["counted"]),
+        helper.make_node("Cast", ["counted"], ["counts"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["counts", "slower"], ["more"]),
+    ]
+    shapes = {"mean": (4,), "w": (4, 5), "b": (5,), "strides": (1, 7), "frequencies": (1, 5, 1), "rates": (5, 1), "slower": (5, 1)}
+    tensors = [numpy_helper.from_array(np.ones(shape, np.float32), name) for name, shape in shapes.items()]
+    tensors.append(numpy_helper.from_array(np.float32([0, 0, 0, -1e9, -1e9]), "mask"))
+    tensors += [numpy_helper.from_array(np.array(i), name) for i, name in enumerate(("none", "one", "second"))]
+    floats = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y", "angles", "others", "more")]
+    inputs = [floats[0], helper.make_tensor_value_info("positions", TensorProto.INT64, [1, 1, 7])]
+    assert set(trainable(helper.make_model(helper.make_graph(nodes, "g", inputs, floats[1:], tensors)))) == {"w", "b"}
+
+
+def test_a_step_that_is_no_number_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, gradient = [0], Lesson.gradient
+
+    def sometimes(self: Lesson, feeds: Any, weights: Any) -> Any:
+        calls[0] += 1
+        loss, change = gradient(self, feeds, weights)
+        return loss, {name: array * np.float32(np.nan) for name, array in change.items()} if calls[0] == 3 else change
+
+    monkeypatch.setattr(Lesson, "gradient", sometimes)
+    found, said = pruned(two_layers(), "distill", calibration=X)
+    assert not any("not distilled" in line or "nan" in line for line in said)
+    assert all(np.isfinite(array).all() for array in weights_of(found.model).values())
+
+
+def test_samples_of_many_sizes_are_said(tmp_path: Path) -> None:
+    for i in range(64):
+        np.savez(tmp_path / f"{i:02}.npz", x=RNG.normal(size=(1, 1 + i % 7, 12)).astype(np.float32))
+    model = two_layers()
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim.insert(1, onnx.TensorShapeProto.Dimension(dim_param="t"))
+    for node in model.graph.node:
+        if node.op_type == "Gemm":
+            node.op_type = "MatMul"
+            del node.input[2:]
+    _, said = pruned(model, "distill", calibration=str(tmp_path), samples=64)
+    assert any("other sizes" in line for line in said)
+
+
+def test_the_rate_falls_to_the_last_step_where_the_model_takes_one_sample_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = two_layers()
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    rates, stepped = [], Adam.stepped
+
+    def seen(self: Adam, weights: Any, change: Any, rate: float) -> Any:
+        rates.append(rate)
+        return stepped(self, weights, change, rate)
+
+    monkeypatch.setattr(Adam, "stepped", seen)
+    pruned(model, "distill", calibration=X, samples=64)
+    assert rates[len(rates) // 2] > 0.3 * max(rates)
+    assert rates[-1] < 1e-3 * max(rates)
+
+
+def test_one_number_of_one_sample_has_the_spread_of_the_samples() -> None:
+    """And no more than that: a batch of one sample with one number would have none, and the loss no bounds."""
+    model = two_layers()
+    tensors = weights_of(model)
+    for name in "bq":
+        value = next(t for t in model.graph.initializer if t.name == name)
+        value.CopyFrom(numpy_helper.from_array(tensors[name][..., :1].copy(), name))
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    _, said = pruned(model, "distill", calibration=X, samples=64)
+    first = next(line for line in said if line.startswith("distilling"))
+    assert 0 < float(first.split()[-3]) < 10
+
+
+def test_places_that_the_samples_say_are_no_constants() -> None:
+    """Rows gathered by an input: the gradient before them is not known, even where the first batch is the only one."""
+    model = two_layers()
+    model.graph.node[2].input[0] = "picked"
+    model.graph.node.insert(2, helper.make_node("Gather", ["two", "rows"], ["picked"], axis=0))
+    model.graph.input.append(helper.make_tensor_value_info("rows", TensorProto.INT64, ["n"]))
+    plan = onnxprune.plan(model, 0.5, verify=False)
+    lifted = with_initializers(onnxprune.apply(model, plan).model)
+    weights = {name: array for name, array in weights_of(lifted).items() if name in trainable(lifted)}
+    found = lesson(plan, lifted, weights, [{"x": X["x"][:8], "rows": np.arange(8)[::-1].copy()}])
+    assert found is not None
+    assert set(found.graph.weights) == {"b", "q"}
 
 
 def test_samples_are_mixed_only_where_all_inputs_are_floats() -> None:
