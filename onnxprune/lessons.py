@@ -222,5 +222,6 @@ def _counts(target: Target, goal: np.ndarray, feeds: Arrays) -> np.ndarray:
 
 def _spread(goal: np.ndarray, counts: np.ndarray) -> float:
     """Σ of weighted squares of what differs between samples, or between all numbers where there is one sample."""
-    mean = goal.mean(axis=0, keepdims=True) if goal.ndim and len(goal) > 1 else goal.mean()
-    return float(np.sum(np.square(goal - mean) * counts, dtype=np.float64))
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = goal.mean(axis=0, keepdims=True) if goal.ndim and len(goal) > 1 else goal.mean()
+        return float(np.sum(np.square(goal - mean) * counts, dtype=np.float64))
