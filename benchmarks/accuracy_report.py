@@ -11,7 +11,8 @@ from typing import Any
 from accuracy_data import SUBJECTS
 
 Row = dict[str, Any]
-INTRODUCTION = """Top-1 accuracy on 5000 images, with 1024 unlabelled samples or none, and no training. Made by
+INTRODUCTION = """Top-1 accuracy on 5000 images, with 1024 unlabelled samples or none. `distill` fits all layers by gradient, `refine`
+pairs of them, everything else is in closed form; no labels, no training code. Made by
 `benchmarks/accuracy.py`; [benchmarks/README.md](../benchmarks/README.md) says how."""
 NAMES = ("criterion", "allocation", "compensation", "calibration")
 CIFAR = [name for name, subject in SUBJECTS.items() if subject.kind == "cifar"]
@@ -154,7 +155,7 @@ def markdown(rows: list[Row], names: Sequence[str], without: Sequence[str]) -> s
     default, free = (dict(zip(NAMES, values, strict=True)) for values in (names, without))
     cifar, minilm = ([row for row in rows if row["model"] in models] for models in (CIFAR, ["minilm"]))
     others = [row for row in rows if row["model"] in OTHERS]
-    parts = [f"# Accuracy without training\n\n{INTRODUCTION}"]
+    parts = [f"# Accuracy without labels\n\n{INTRODUCTION}"]
     if cifar:
         chosen, other = (", ".join(f"{name} `{value}`" for name, value in setting.items()) for setting in (default, free))
         parts.append(f"## At a glance\n\n{glance(cifar, default, free)}\n\nonnxprune: {chosen}; without samples: {other}.")

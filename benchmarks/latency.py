@@ -2,8 +2,8 @@
 
     pip install '.[peers]' timm transformers && python benchmarks/latency.py mobilenet_v2 resnet50 --json latency.json
 
-For each architecture (random weights, batch norms settled on noise): the whole model; `onnxprune --of macs` at half the MACs;
-Torch-Pruning's result at those MACs, exported; the twin, the same architecture built narrower (multiples of 8) to have those
+For each architecture (random weights, batch norms settled on noise): the whole model; `onnxprune --of macs` at half the MACs, also with
+`--target cpu`; Torch-Pruning's result at those MACs, exported; the twin, the same architecture built narrower (multiples of 8) to have those
 MACs; `onnxprune --of latency` at half the time, and `--of macs` at as many MACs as that has left.  All are timed in turns in one
 run on one thread.  Realized is the speed-up over what the MACs promise, (time before / after) / (MACs before / after): 1 is ideal.
 Near is the cosine between the outputs of what is left and the whole model's, without compensation, on noise.
@@ -256,8 +256,8 @@ def torch_pruned(name: str, model: Any, goal: float) -> onnx.ModelProto:
     return bisected(prune, macs, goal, 0.3, 1.0)
 
 
-def ours(model: onnx.ModelProto, ratio: float, of: str, args: argparse.Namespace) -> onnx.ModelProto:
-    return api.prune(model, ratio, of=of, allocation=args.allocation, verify=False, progress=say).model
+def ours(model: onnx.ModelProto, ratio: float, of: str, args: argparse.Namespace, **options: Any) -> onnx.ModelProto:
+    return api.prune(model, ratio, of=of, allocation=args.allocation, verify=False, progress=say, **options).model
 
 
 def say(text: str) -> None:
@@ -278,12 +278,15 @@ def contenders(name: str, args: argparse.Namespace) -> tuple[dict[str, onnx.Mode
     models, failed = {"whole": whole}, dict[str, str]()
     makers: dict[str, Callable[[], onnx.ModelProto]] = {
         "onnxprune --of macs": lambda: ours(whole, HALF, "macs", args),
+        "onnxprune --of macs --target cpu": lambda: ours(whole, HALF, "macs", args, target="cpu"),
         "Torch-Pruning": lambda: torch_pruned(name, module, HALF * before),
         "narrower twin": lambda: twin(name, HALF * before),
         "onnxprune --of latency": lambda: ours(whole, HALF, "latency", args),
         "--of macs, as many as that": lambda: ours(whole, 1 - macs(models["onnxprune --of latency"]) / before, "macs", args),
     }
     for label, make in makers.items():
+        if args.only and label not in args.only:
+            continue
         say(f"{name}: {label}")
         try:
             models[label] = make()
@@ -343,6 +346,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[[], *ARCHITECTURES], help="architectures; all if none is named")
     parser.add_argument("--json", help="write the rows there")
     parser.add_argument("--allocation", default="uniform", help="of onnxprune: uniform, global")
+    parser.add_argument("--only", nargs="+", metavar="COLUMN", help="contenders, by their names in the table; all if not given")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3, help="rounds of timing, of which the median counts")
     parser.add_argument("--seconds", type=float, default=2.0, help="a model and round")

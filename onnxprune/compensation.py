@@ -84,6 +84,10 @@ def distill(study: Study, plan: Plan, pruned: ModelProto) -> Made:
 
     Where that is not possible, or does not help, `refine`.
     """
+    if study.samples.count < FEWEST:
+        if study.progress:
+            study.progress(f"the model is not distilled: there are too few samples to hold some out, {FEWEST} would do")
+        return refine(study, plan, pruned)
     seen, held = study.samples.split(1 - HELD, study.seed)
     narrow, cut = study.surgery(plan)
     made, refits = reconstruct(narrow, cut, lambda: seen.batches(study.batch), progress=study.progress)
@@ -106,6 +110,7 @@ def match_moments(observed: Observed, matrix: np.ndarray, bias: np.ndarray, inte
     return Fit(made, shifted, 0.0, both.error(matrix, bias) / spread, both.error(made, shifted) / spread)
 
 
+FEWEST = 16  # samples to distil with
 HELD = 1 / 8  # of the samples, to see what distillation is worth
 TURNING = ("update", "reconstruct", "refine", "distill")  # start from the model with its linear bottlenecks turned (`turning`)
 DATA_FREE = ("none", "merge")

@@ -324,7 +324,7 @@ def test_weights_behind_a_dequantization_are_left_alone(tmp_path: Path) -> None:
         "e": np.full(12, 0.004, np.float32),
     }
     model = net(body, more=more)
-    out, said = pruned(tmp_path, model, {"x": X})
+    out, said = pruned(tmp_path, model, {"x": X}, "--compensation", "refine")
     assert [refit["node"] for refit in said["refits"]] == ["y"]
     surgery = onnxprune.apply(model, onnxprune.plan(model, 0.4, calibration={"x": X})).model
     left, right = arrays(out), arrays(surgery)
