@@ -3,8 +3,8 @@
     pip install '.[peers]' timm transformers && python benchmarks/latency.py mobilenet_v2 resnet50 --json latency.json
 
 For each architecture (random weights, batch norms settled on noise): the whole model; `onnxprune --of macs` at half the MACs, also with
-`--target cpu`; Torch-Pruning's result at those MACs, exported; the twin, the same architecture built narrower (multiples of 8) to have those
-MACs; `onnxprune --of latency` at half the time, and `--of macs` at as many MACs as that has left.  All are timed in turns in one
+`--target cpu`; Torch-Pruning's result at those MACs, exported; the twin, the same architecture built narrower (multiples of 8) to
+have those MACs; `onnxprune --of latency` at half the time, and `--of macs` at as many MACs as that has left.  All are timed in turns in one
 run on one thread.  Realized is the speed-up over what the MACs promise, (time before / after) / (MACs before / after): 1 is ideal.
 Near is the cosine between the outputs of what is left and the whole model's, without compensation, on noise.
 """

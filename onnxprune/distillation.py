@@ -28,7 +28,8 @@ from onnxprune.seats import tensors_of, write
 
 Changes = dict[str, np.ndarray]
 RATE = 4e-3  # of a tensor's root mean square, a step
-AGAIN = 8  # times slower, where nothing better was found
+SLOWER = (1, 8, 64)  # times, the next where nothing better was found
+LOST = 4  # times the loss at the start, after a pass: a course that ends there
 LEAST = 1e-2  # the root mean square of tensors that are smaller
 WORK = 5e13  # multiply-accumulates that all passes may take
 PASSES = 40
@@ -78,8 +79,8 @@ def distilled(
             say(f"the model is not distilled: {reason}")
             return pruned
         start = found.losses(tests, weights)
-        for rate in (RATE, RATE / AGAIN):
-            course = Course(rate, passes, passes * many, seed)
+        for times in SLOWER:
+            course = Course(RATE / times, passes, passes * many, seed)
             best = _course(found, course, weights, start, seen, batch, tests, say)
             if best is not weights:
                 break
@@ -136,7 +137,7 @@ def _course(
     tests: Sequence[Arrays],
     say: Callable[[str], None],
 ) -> Changes:
-    """The weights after the pass that does best on the tests, `start` itself where none does better."""
+    """The weights after the pass that does best on the tests, its outputs no worse than at the start; `start` itself where none does."""
     best, least, mine = start, losses, start
     adam, step = Adam(), 0
     for number in range(course.passes):
@@ -149,8 +150,10 @@ def _course(
         now = found.losses(tests, mine)
         missed, before = (sum(each[t.name] for t in found.wanted if t.final) for each in (now, losses))
         say(f"distilling, pass {number + 1} of {course.passes}: on held-out samples the outputs miss {missed:.4f}, {before:.4f} at first")
-        if sum(now.values()) < sum(least.values()):
+        if missed < before and sum(now.values()) < sum(least.values()):
             best, least = mine, now
+        if not sum(now.values()) < LOST * sum(losses.values()):
+            break
     return best
 
 

@@ -59,9 +59,16 @@ class Widths:
         return sizes[axis[0]] if axis[0] in sizes else self.grouping.model.shapes[axis[0]][axis[1]]
 
     def cut(self, name: str, array: np.ndarray) -> np.ndarray:
-        """A value of the original without the removed units."""
+        """A value of the original without the removed units; an axis of samples times units may have more samples, or fewer.
+
+        Raises OnnxPruneError where the axis is of another size in another way.
+        """
         for axis, mask in self.masks(name, array.ndim).items():
-            array = np.compress(mask, array, axis=axis)
+            size = array.shape[axis]
+            once = mask[: np.gcd(len(mask), size)]  # the same for each sample
+            if size != len(mask) and not (mask == np.resize(once, len(mask))).all():
+                raise OnnxPruneError(f"'{name}' has {size} places along axis {axis} on these samples, {len(mask)} where it was read")
+            array = np.compress(np.resize(once, size), array, axis=axis)
         return array
 
     def masks(self, name: str, rank: int) -> dict[int, np.ndarray]:

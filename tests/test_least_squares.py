@@ -11,7 +11,7 @@ import pytest
 from conftest import MODELS
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto, helper, numpy_helper
 from outside import Weight, build, changed, feeds_of, run, tensors
 from random_graphs import models
 
@@ -447,3 +447,29 @@ def test_no_layer_of_a_random_network_is_worse_than_uncompensated(model: ModelPr
     not_worse(result)
     for array in arrays(result.model).values():
         assert array.dtype.kind != "f" or np.isfinite(array).all()
+
+
+@pytest.mark.parametrize("count", [16, 64])  # a sample a batch, and more than the model was read with
+def test_values_whose_first_axis_is_samples_times_units(count: int) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"a": (6, 8), "b": (1, 3), "c": (24, 4), "apart": (2,), "together": (2,)}
+    tensors = [numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name) for name, shape in shapes.items()]
+    tensors[3:] = [numpy_helper.from_array(np.array(shape, np.int64), name) for name, shape in (("apart", [-1, 1]), ("together", [-1, 24]))]
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["one"]),
+        helper.make_node("Relu", ["one"], ["two"]),
+        helper.make_node("Reshape", ["two", "apart"], ["three"]),  # (samples × 8, 1)
+        helper.make_node("MatMul", ["three", "b"], ["four"]),
+        helper.make_node("Relu", ["four"], ["five"]),
+        helper.make_node("Reshape", ["five", "together"], ["six"]),
+        helper.make_node("MatMul", ["six", "c"], ["y"]),
+    ]
+    values = [helper.make_tensor_value_info(name, 1, ["n", size]) for name, size in (("x", 6), ("y", 4))]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    x = rng.normal(size=(count, 6)).astype(np.float32)
+    found = onnxprune.prune(model, 0.4, calibration={"x": x}, compensation="reconstruct", criterion="l2", allocation="uniform")
+    assert [g.units for g in found.plan.groups if len(found.plan.remove.get(g.id, ()))] == [8]
+    surgery = onnxprune.apply(model, found.plan).model
+    errors = [np.square(run(one, {"x": x})["y"] - run(model, {"x": x})["y"]).sum() for one in (surgery, found.model)]
+    assert errors[1] < errors[0]
