@@ -345,7 +345,7 @@ def nearest(choices: Iterable[Choice], ratio: float) -> Choice:
 
 def check_ratio(ratio: float) -> float:
     if not 0 < ratio < 1:
-        raise OnnxPruneError(f"the ratio is {ratio}; it is the share to remove and must lie between 0 and 1")
+        raise OnnxPruneError(f"the ratio is {ratio}; it is the share to remove and must lie between 0 and 1: write 0.4 or 40%")
     return ratio
 
 

@@ -105,5 +105,6 @@ def _curve(scores: np.ndarray, points: Sequence[tuple[int, float]]) -> np.ndarra
     curve = np.interp(sums, sums[at], values)
     last = at[-1]
     slope = values[-1] / max(sums[last], 1e-30)
-    curve[last:] = values[-1] + slope * (sums[last:] - sums[last])
+    with np.errstate(invalid="ignore"):  # beyond a loss without bounds
+        curve[last:] = values[-1] + slope * (sums[last:] - sums[last])
     return np.asarray(np.where(np.isfinite(curve), curve, np.inf))

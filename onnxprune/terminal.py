@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+EVERY = 30  # seconds between lines of progress in a log
 NARROW = 80  # characters below which tables leave out what is said elsewhere too
 
 
@@ -63,12 +65,23 @@ def table(*columns: tuple[str, str]) -> Table:
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A line on standard error that says what is going on; nothing where that is not a terminal."""
+    """A line on standard error that says what is going on; where that is not a terminal a new one now and then, if it takes long."""
     from rich.console import Console
 
     console = Console(stderr=True)
-    if quiet or not console.is_terminal:
+    if quiet:
         yield lambda text: None
+        return
+    if not console.is_terminal:
+        start = last = time.monotonic()
+
+        def now_and_then(text: str) -> None:
+            nonlocal last
+            if time.monotonic() - last >= EVERY:
+                last = time.monotonic()
+                click.echo(f"after {last - start:.0f} s: {text}", err=True)
+
+        yield now_and_then
         return
     with console.status("starting") as status:
         yield lambda text: status.update(text)

@@ -16,6 +16,7 @@ from conftest import MODELS, two_layers
 from rich.console import Console
 
 import onnxprune
+from onnxprune import terminal
 from onnxprune.benchmark import Measurement
 from onnxprune.grouping import group
 from onnxprune.importer import load
@@ -105,3 +106,17 @@ def test_no_two_groups_have_one_name() -> None:
     model.graph.node[0].name, model.graph.node[2].name = "first", "second"
     found = group_names(group(load(renamed(model, {"w1": "onnx::MatMul_1", "w2": "onnx::MatMul_2"}))))
     assert sorted(found.values()) == ["onnx::MatMul_1 of first and 1 more", "onnx::MatMul_2 of second and 1 more"]
+
+
+def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for seconds, lines in ((1000.0, 0), (0.0, 2)):
+        monkeypatch.setattr(terminal, "EVERY", seconds)
+        with terminal.progress(quiet=False) as say:
+            say("one")
+            say("two")
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert len(said.err.splitlines()) == lines
+    with terminal.progress(quiet=True) as say:
+        say("three")
+    assert capsys.readouterr().err == ""
