@@ -217,7 +217,9 @@ def show_compensation(console: Console, result: Result) -> None:
     pairs = sum(1 for refit in result.refits if refit.partner)
     fitted = f", {len(result.refits) - pairs} layers fitted" if result.refits else ""
     fitted += f", {pairs} of them refined with the layer before" if pairs else ""
-    console.print(f"compensation: {result.plan.options.get('compensation')}{fitted}; on {after.samples} calibration samples:")
+    noise = result.plan.options.get("calibration") == "noise"
+    where = f"inputs of its own making ({after.samples}); real ones may fare worse" if noise else f"{after.samples} calibration samples"
+    console.print(f"compensation: {result.plan.options.get('compensation')}{fitted}; on {where}:")
     titles = _fidelity_titles(console)
     table = table_of(("output", "left"), *((title, "right") for title in titles))
     for old, new in zip(before.outputs, after.outputs, strict=True):
