@@ -17,7 +17,7 @@ from onnxprune.emphasis import emphasis
 from onnxprune.grouping import Group, Grouping
 from onnxprune.importer import Model
 from onnxprune.linear import CONVOLUTIONS, Geometry, Linear, geometry, linears
-from onnxprune.moments import Moments
+from onnxprune.moments import Gathering, Moments
 from onnxprune.products import Terms, gathered
 from onnxprune.recurrences import recurrences, spelled_out
 from onnxprune.running import Arrays
@@ -104,13 +104,13 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
         readers = {g.id: f for g in grouping.groups if g.branch is None and (f := features(layer, shape, weight, g)) is not None}
         wide = shape.matrix(weight).shape
         if wide[2] <= WIDEST:
-            layers.append((layer, shape, weight, readers, Moments.zero(wide[0], wide[2], 0)))
+            layers.append((layer, shape, weight, readers, Gathering(Moments.zero(wide[0], wide[2], 0))))
     goals = [passed_on(model, layer) for layer, *_ in layers]
     pairs = gathered(grouping)
     sides = [name for pair in pairs for name in (pair.product.left, pair.product.right)]
     tap = Tap(spelled_out(model, (layer for layer, *_ in layers)), [*goals, *(layer.source for layer, *_ in layers), *sides])
     squares, seen = [0.0] * len(layers), [0] * len(layers)
-    sizes = [np.zeros(moments.x.shape) for *_, moments in layers]
+    sizes = [np.zeros(sums.moments.x.shape) for *_, sums in layers]
     samples = 0
     total = sum(1 for _ in batches()) if layers or pairs else 0
     for number, feeds in enumerate(batches()):
@@ -118,16 +118,16 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
             progress(f"reading activations, batch {number + 1} of {total}")
         values = tap.run(feeds)
         samples += max((len(v) for v in feeds.values() if np.ndim(v)), default=1)
-        for position, (layer, shape, weight, _, moments) in enumerate(layers):
+        for position, (layer, shape, weight, _, sums) in enumerate(layers):
             x = values[layer.source]
             out = shape.out(x.shape, weight.shape)
             rng = np.random.default_rng([position, number])
-            places = shape.choose(out, max(rows, 16 * moments.x.shape[1]) // total, feeds, rng)
+            places = shape.choose(out, max(rows, 16 * sums.moments.x.shape[1]) // total, feeds, rng)
             kernel = weight.shape[2:] if layer.op in CONVOLUTIONS else ()
             found = shape.rows(x, out, kernel, places)
             made = shape.targets(values[goals[position]], places)
             weights = emphasis(made) if layer.normed else None
-            moments.add(found, np.zeros((*found.shape[:2], 0), np.float32), weights)
+            sums.add(found, np.zeros((*found.shape[:2], 0), np.float32), weights)
             sizes[position] += _by_sample(found, shape.owners(out, places), out[0])
             made = made if weights is None else made * np.sqrt(weights)
             squares[position] += float(np.einsum("gno,gno->", made, made, dtype=np.float64))
@@ -136,7 +136,8 @@ def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Ca
             pair.add(*pair.product.turned(values, pair.product.left, pair.product.right), feeds)
     readings: dict[int, list[Reading]] = {}
     by_weight: dict[str, Reading] = {}
-    for (layer, shape, weight, readers, moments), square, count, size in zip(layers, squares, seen, sizes, strict=True):
+    for (layer, shape, weight, readers, sums), square, count, size in zip(layers, squares, seen, sizes, strict=True):
+        moments = sums.done()
         if not (moments.finite and np.isfinite(square)):
             continue  # its squares are no numbers
         mean, _ = moments.means()

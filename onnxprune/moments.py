@@ -72,6 +72,31 @@ class Moments:
         return self.x / n, self.y / n
 
 
+ENOUGH = 1 / 8  # of the features: rows at which a product is no longer mostly the reading and writing of the sums
+
+
+@dataclass
+class Gathering:
+    """Rows on their way into sums: those of small batches wait for more."""
+
+    moments: Moments
+    waiting: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+
+    def add(self, rows: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> None:
+        """As of `Moments`; weights always or never."""
+        arrays = (rows, targets) if weights is None else (rows, targets, weights)
+        self.waiting.append(tuple(np.ascontiguousarray(array, np.float32) for array in arrays))
+        if sum(one[0].shape[1] for one in self.waiting) >= ENOUGH * rows.shape[2]:
+            self.done()
+
+    def done(self) -> Moments:
+        """The sums of all that was added."""
+        if self.waiting:
+            self.moments.add(*(np.concatenate(arrays, axis=1) for arrays in zip(*self.waiting, strict=True)))
+            self.waiting.clear()
+        return self.moments
+
+
 ROOM = 2**26  # numbers that are kept of the rows themselves
 
 
@@ -96,6 +121,7 @@ class Observed:
     bounds: tuple[float, float] | None = None
     window: list[Window] = field(default_factory=list)
     normed: bool = False
+    gathering: dict[bool, Gathering] = field(default_factory=dict)
 
     @classmethod
     def of(cls, shape: tuple[int, ...], bounds: tuple[float, float] | None = None, normed: bool = False) -> Observed:
@@ -104,9 +130,15 @@ class Observed:
         return cls(Moments.zero(groups, features, out), Moments.zero(groups, features, out), bounds, normed=normed)
 
     def add(self, rows: np.ndarray, wanted: np.ndarray, beside: np.ndarray, held: bool, batches: int) -> None:
-        """A batch of `batches`: what is wanted less what is beside it is the layer's target."""
-        (self.held if held else self.seen).add(rows, wanted - beside, emphasis(wanted) if self.normed else None)
+        """A batch of `batches`: what is wanted less what is beside it is the layer's target.  `done` after the last one."""
+        mine = self.gathering.setdefault(held, Gathering(self.held if held else self.seen))
+        mine.add(rows, wanted - beside, emphasis(wanted) if self.normed else None)
         if self.bounds is not None:
             most = max(1, ROOM // max(1, batches * rows.shape[0] * (rows.shape[2] + 2 * wanted.shape[2])))
             kept = slice(0, None, -(-rows.shape[1] // most))
             self.window.append(Window(tuple(np.ascontiguousarray(a[:, kept], np.float32) for a in (rows, wanted, beside)), held))
+
+    def done(self) -> Observed:
+        for mine in self.gathering.values():
+            mine.done()
+        return self

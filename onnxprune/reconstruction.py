@@ -165,7 +165,7 @@ def _observe(
             wanted = seat.shape.targets(goal, places)
             beside = seat.shape.targets(now[seat.other], places) if seat.other else np.zeros_like(wanted)
             found[position].add(rows, wanted, beside, number % every == every - 1, total)
-    return found
+    return [each.done() for each in found]
 
 
 def _fit(proto: ModelProto, seat: Seat, observed: Observed, solve: Solve) -> Fit:

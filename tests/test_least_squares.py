@@ -20,7 +20,7 @@ from onnxprune import Result
 from onnxprune.importer import load
 from onnxprune.leastsquares import shrinkages, shrunk
 from onnxprune.linear import CONVOLUTIONS, geometry, linears
-from onnxprune.moments import Moments
+from onnxprune.moments import Gathering, Moments
 from onnxprune.ridge import fit
 
 quick = settings(max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -264,6 +264,19 @@ def test_a_feature_that_was_hardly_seen_does_no_harm_where_it_is_seen(rows: int)
     fresh = rng.standard_normal((500, 8))
     errors = [np.square(fresh @ (one - true)[0].T).mean() for one in (start, found.matrix)]
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_small_batches_come_to_the_same_sums_as_large_ones(weighted: bool) -> None:
+    rng = np.random.default_rng(0)
+    x, y, weights = rng.standard_normal((2, 41, 60)), rng.standard_normal((2, 41, 3)), rng.random((1, 41, 1)) if weighted else None
+    together, apart = Moments.zero(2, 60, 3), Gathering(Moments.zero(2, 60, 3))
+    together.add(x, y, weights)
+    for i in range(0, 41, 2):
+        apart.add(x[:, i : i + 2], y[:, i : i + 2], None if weights is None else weights[:, i : i + 2])
+    found = apart.done()
+    for name, array in vars(together).items():
+        np.testing.assert_allclose(vars(found)[name], array, atol=1e-4)
 
 
 # --- whole models ----------------------------------------------------------------------------------------------------
