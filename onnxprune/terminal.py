@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +17,7 @@ from onnxprune.errors import OnnxPruneWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, TaskID
     from rich.table import Table
 
 EVERY = 30  # seconds between lines of progress in a log
@@ -63,6 +66,67 @@ def table(*columns: tuple[str, str]) -> Table:
     return view
 
 
+COUNTED = re.compile(r"(?:(\b\w+) )?(\d[\d,]*) of (\d[\d,]*)\b(?! [kMGT]?B\b)")  # `batch 3 of 20`, `7 of 40 points`
+_LEFT = re.compile(r", about [^,]+ left$")
+BEGUN = ("batch", "pass", "step")  # whose number is that of what begins, not of what is done
+
+
+@dataclass
+class Steps:
+    """What is going on, as texts say it: a new step when the words change, and a part of the same where only a count goes on."""
+
+    bars: Progress
+    _words: str = ""
+    _task: TaskID | None = None
+
+    def __call__(self, text: str) -> None:
+        done, total = done_of(text)
+        words = COUNTED.split(text, maxsplit=1)[0] if total else text
+        if words != self._words or self._task is None:
+            if self._task is not None:
+                self.bars.remove_task(self._task)
+            self._words, self._task = words, self.bars.add_task(text, total=total)
+        said = _LEFT.sub("", text) if total else text  # the line says it itself
+        self.bars.update(self._task, description=said.replace("[", r"\["), completed=done, total=total)
+
+
+def done_of(text: str) -> tuple[int, int | None]:
+    """How much of how much a text says is done: `pass 3 of 10` 2 of 10, `3 of 10 points` 3; (0, None) where it counts nothing."""
+    found = COUNTED.search(text)
+    if found is None:
+        return 0, None
+    done, total = (int(number.replace(",", "")) for number in found.groups()[1:])
+    return (done - 1 if found[1] in BEGUN else done), total
+
+
+def progress_bars(console: Console) -> Progress:
+    """A line with what is going on, for how long it has been, and how long it will be where that is known."""
+    from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+    from rich.table import Column
+    from rich.text import Text
+
+    class Left(ProgressColumn):
+        max_refresh = 0.5
+
+        def render(self, task: Task) -> Text:
+            seconds = task.time_remaining
+            if not task.total or seconds is None or task.finished:
+                return Text("")
+            return Text(f"about {int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02} left", style="cyan")
+
+    what = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", table_column=what),
+        TimeElapsedColumn(),
+        Left(),
+        console=console,
+        transient=True,
+        expand=True,
+        speed_estimate_period=600,
+    )
+
+
 @contextmanager
 def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
     """A line on standard error that says what is going on; where that is not a terminal a new one now and then, if it takes long."""
@@ -83,8 +147,8 @@ def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
 
         yield now_and_then
         return
-    with console.status("starting") as status:
-        yield lambda text: status.update(text)
+    with progress_bars(console) as bars:
+        yield Steps(bars)
 
 
 def write_json(content: Any, path: str | None) -> None:
