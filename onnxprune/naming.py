@@ -28,21 +28,24 @@ def group_names(grouping: Grouping) -> dict[int, str]:
 def named(model: Model, groups: Sequence[Group]) -> tuple[Group, ...]:
     """All width groups of a model with their names: the first tensor, unless another group begins with it or it has no name of its own.
 
-    Then it is the first that is the group's alone and has a name, else the first one with its node, or its axis.  How many more
-    tensors there are is said behind.
+    Then it is the first that is the group's alone and has a name, else the first one with its node, or with its axis (or "heads").  How
+    many more tensors there are is said behind.
     """
     first = Counter(_first(group) for group in groups if group.members)
-    starts = Counter((_first(group), group.members[0].axis) for group in groups if group.members)
+    starts = Counter(_start(group) for group in groups if group.members)
     owners: dict[str, set[int]] = defaultdict(set)
     for group in groups:
         for member in group.members:
             owners[member.tensor].add(group.id)
     readers = _readers(model)
-    found = []
+    found: list[Group] = []
+    used = Counter[str]()
     for group in groups:
         count = len({member.tensor for member in group.members})
         more = f" and {count - 1} more" if count > 1 else ""
-        found.append(replace(group, name=(_name(group, first, starts, owners, readers) if group.members else "no tensor") + more))
+        name = _name(group, first, starts, owners, readers) if group.members else "no tensor"
+        used[name] += 1
+        found.append(replace(group, name=name + (f" ({used[name]})" if used[name] > 1 else "") + more))
     return tuple(found)
 
 
@@ -55,7 +58,13 @@ def _first(group: Group) -> str:
     return group.members[0].tensor
 
 
-def _name(group: Group, first: Counter[str], starts: Counter[tuple[str, int]], owners: dict[str, set[int]], readers: dict[str, str]) -> str:
+def _start(group: Group) -> tuple[str, int, str]:
+    return group.members[0].tensor, group.members[0].axis, group.kind
+
+
+def _name(
+    group: Group, first: Counter[str], starts: Counter[tuple[str, int, str]], owners: dict[str, set[int]], readers: dict[str, str]
+) -> str:
     tensor = _first(group)
     if first[tensor] == 1 and not NAMELESS.fullmatch(tensor):
         return tensor
@@ -64,8 +73,8 @@ def _name(group: Group, first: Counter[str], starts: Counter[tuple[str, int]], o
     if named is not None:
         return named
     if not own and not NAMELESS.fullmatch(tensor):
-        axis = group.members[0].axis
-        return f"{tensor}, axis {axis}" + (f" from {group.members[0].indices.min()}" if starts[tensor, axis] > 1 else "")
+        where = "heads" if group.kind == "head" else f"axis {group.members[0].axis}"
+        return f"{tensor}, {where}" + (f" from {group.members[0].indices.min()}" if starts[_start(group)] > 1 else "")
     tensor = own[0].tensor if own else tensor
     return f"{tensor} of {readers[tensor]}" if tensor in readers else tensor
 

@@ -158,11 +158,12 @@ def show_proof(console: Console, proof: Proof | None) -> None:
             "variance, maximum or softmax, which becomes that of the units that stay; the other tests do",
         )
     if proof.unexercised:
+        larger = ", or larger made-up ones with --input-shape" if proof.seeded else ""
         _point(
             console,
             f"[yellow]{_stays(console, proof, proof.unexercised)} whole: on these inputs nothing that is done to "
             f"{'it' if len(proof.unexercised) == 1 else 'them'} changes the outputs, so nothing can be proven; give real inputs with "
-            "--feeds inputs.npz[/]",
+            f"--feeds inputs.npz{larger}[/]",
         )
     if proof.unchecked:
         _point(
@@ -238,7 +239,7 @@ def _stays(console: Console, proof: Proof, ids: Sequence[int]) -> str:
     return f"{_some(console, proof, ids)} stay{'s' if len(ids) == 1 else ''}"
 
 
-NAMED = 4  # groups that a sentence names
+NAMED = 3  # groups that a sentence names
 
 
 def show_cautions(console: Console, sentences: Sequence[str]) -> None:

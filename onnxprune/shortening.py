@@ -20,7 +20,7 @@ LEAST = 24  # characters that a name gets, however narrow the window
 _STEP = re.compile(r"[^/.]*(?:[/.]\d+(?![^/.]))*[/.]?")  # a number belongs to the step before it: `blocks.3/`
 _LEAD = re.compile(r"branch of \d+ layers? to ")  # words around a name, which stay
 _MORE = re.compile(r"(?: and (\d+) more| \+\d+)$")
-_TAIL = re.compile(r"(, axis \d+( from \d+)?)?( and \d+ more)?$")
+_TAIL = re.compile(r"(, (axis \d+|heads)( from \d+)?)?( \(\d+\))?( and \d+ more)?$")
 
 
 def fitted(console: Console, names: Sequence[str], make: Callable[[Sequence[str]], Table]) -> Table:

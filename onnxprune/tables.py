@@ -134,7 +134,7 @@ def _show_groups(console: Console, found: Inspection) -> None:
     if idle:
         console.print(
             "[yellow]* on these inputs nothing that is done to it changes the outputs, so nothing is proven and it stays whole; give real "
-            "inputs with --feeds inputs.npz[/]"
+            "inputs with --feeds inputs.npz, or larger made-up ones with --input-shape[/]"
         )
 
 

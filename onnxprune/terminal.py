@@ -100,31 +100,36 @@ def done_of(text: str) -> tuple[int, int | None]:
 
 
 def progress_bars(console: Console) -> Progress:
-    """A line with what is going on, for how long it has been, and how long it will be where that is known."""
-    from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+    """A line with what is going on, the time since the start, and how long this step still takes where that is known."""
+    from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
     from rich.table import Column
     from rich.text import Text
 
-    class Left(ProgressColumn):
+    start = time.monotonic()
+
+    class Clock(ProgressColumn):
         max_refresh = 0.5
 
         def render(self, task: Task) -> Text:
-            seconds = task.time_remaining
-            if not task.total or seconds is None or task.finished:
-                return Text("")
-            return Text(f"about {int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02} left", style="cyan")
+            seconds = task.time_remaining if task.total else None
+            left = "" if seconds is None or task.finished else f", step about {_clock(seconds)} more"
+            return Text(_clock(time.monotonic() - start) + left, style="cyan")
 
     what = Column(ratio=1, no_wrap=True, overflow="ellipsis")
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", table_column=what),
-        TimeElapsedColumn(),
-        Left(),
+        Clock(table_column=Column(no_wrap=True, min_width=8)),
         console=console,
         transient=True,
         expand=True,
         speed_estimate_period=600,
     )
+
+
+def _clock(seconds: float) -> str:
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 @contextmanager

@@ -16,6 +16,7 @@ _REASONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"kernel axis", "kernel size of a convolution"),
         (r"spatial axis", "height, width or length, not channels"),
         (r"no rule for operator (.*)", r"onnxprune has no rule for the operator \1"),
+        (r"indexed by (.*)", r"looked up by number (\1)"),
         (r"its shape is unknown", "its shape is not known before the model runs"),
         (r"(a single unit|an axis of size 1|all of an axis)", "a single unit, which has to stay"),
         (r"no tensor of the file carries it", "no weight in the file has it"),

@@ -181,6 +181,20 @@ def test_a_group_has_one_name_in_all_commands(command: Command, monkeypatch: pyt
     assert f"group 0 ({whole[0]}) stays whole: failed the test" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_heads_and_their_channels_have_names_of_their_own() -> None:
+    body = """q = MatMul (x, wq) k = MatMul (x, wk) v = MatMul (x, wv)
+              a = Reshape (q, split) b = Reshape (k, split) c = Reshape (v, split)
+              d = Transpose <perm=[0,2,1,3]> (a) e = Transpose <perm=[0,2,3,1]> (b) f = Transpose <perm=[0,2,1,3]> (c)
+              g = MatMul (d, e) h = Softmax (g) i = MatMul (h, f) j = Transpose <perm=[0,2,1,3]> (i) l = Reshape (j, joined)
+              y = MatMul (l, wo)"""
+    weights: dict[str, Weight] = {"wq": (6, 12), "wk": (6, 12), "wv": (6, 12), "wo": (12, 5), "split": [0, 0, 3, 4], "joined": [0, 0, 12]}
+    groups = onnxprune.groups(build("float[2,7,6] x", body, "float[2,7,5] y", weights)).groups
+    assert "head" in {group.kind for group in groups}
+    names = [re.sub(" and .*", "", group.name) for group in groups]
+    assert len(set(names)) == len(names) > 1
+    assert len(set(shortened([group.name for group in groups], 24))) == len(names)
+
+
 @pytest.mark.parametrize("options", [(), ("-v",)])
 def test_inspect_counts_layers_in_one_way(command: Command, tmp_path: Path, options: tuple[str, ...]) -> None:
     result = command("inspect", MODELS / "digits-mobilenet.onnx", "--json", "out.json", *options)
