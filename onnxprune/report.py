@@ -297,7 +297,8 @@ def show_compensation(console: Console, result: Result) -> None:
         where = f"{of} made-up samples ('noise', {escape(sizes_in_words(_of_one(model)))} each; real ones may fare worse)"
     else:
         where = f"{of} calibration samples"
-    console.print(f"compensation: {options.get('compensation')}{layers}; the outputs beside the original's, without → with it, on {where}:")
+    near = f"how near the outputs stay to the original's, without it → with it, on {where}:"
+    console.print(f"compensation: {options.get('compensation')}{layers}; {near}")
     titles = _fidelity_titles(console)
     table = table_of(("output", "left"), *((title, "right") for title in titles))
     for old, new in zip(before.outputs, after.outputs, strict=True):

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -76,18 +76,34 @@ class Steps:
     """What is going on, as texts say it: a new step when the words change, and a part of the same where only a count goes on."""
 
     bars: Progress
-    _words: str = ""
-    _task: TaskID | None = None
+    _counts: dict[str, TaskID] = field(default_factory=dict)  # of steps that count, which other words may interrupt
+    _now: TaskID | None = None
 
     def __call__(self, text: str) -> None:
         done, total = done_of(text)
-        words = COUNTED.split(text, maxsplit=1)[0] if total else text
-        if words != self._words or self._task is None:
-            if self._task is not None:
-                self.bars.remove_task(self._task)
-            self._words, self._task = words, self.bars.add_task(text, total=total)
+        words = COUNTED.split(text, maxsplit=1)[0] if total else ""
+        task = self._counts.get(words) if total else None
+        if task is None or any(one.id == task and one.completed > done for one in self.bars.tasks):  # a new one, or from the start again
+            task = self.bars.add_task("", total=total)
+            old = self._counts.pop(words, None) if total else None
+            if old is not None and old != self._now:
+                self.bars.remove_task(old)
+        if self._now != task:
+            self._leave()
+            self._now = task
+        if total:
+            self._counts[words] = task
         said = _LEFT.sub("", text) if total else text  # the line says it itself
-        self.bars.update(self._task, description=said.replace("[", r"\["), completed=done, total=total)
+        self.bars.update(task, description=said.replace("[", r"\["), completed=done, visible=True)
+
+    def _leave(self) -> None:
+        """What went on until now is not shown any more; what counts may go on later."""
+        if self._now is None:
+            return
+        if self._now in self._counts.values():
+            self.bars.update(self._now, visible=False)
+        else:
+            self.bars.remove_task(self._now)
 
 
 def done_of(text: str) -> tuple[int, int | None]:

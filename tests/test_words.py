@@ -324,11 +324,21 @@ def test_a_step_that_counts_is_one_bar_and_other_words_are_another() -> None:
     say("reading the model")
     for number in range(1, 4):
         say(f"fitting, pass {number} of 4: [misses] 0.{number}")
-    [task] = bars.tasks
+        say("fitted conv1")  # between two of a count
+    assert [(task.completed, task.total) for task in bars.tasks if task.visible] == [(0, None)]
+    say("fitting, pass 3 of 4: [misses] 0.3")
+    [task] = [task for task in bars.tasks if task.visible]
     assert (task.completed, task.total) == (2, 4)
+    assert task.time_remaining is not None
     console.print(bars.get_renderable())
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "fitting, pass 3 of 4: [misses] 0.3" in shown
     assert "0:00:0" in shown
     say("writing")
-    assert [task.total for task in bars.tasks] == [None]
+    assert [task.total for task in bars.tasks if task.visible] == [None]
+    say("fitting, pass 1 of 4")
+    say("fitting, pass 2 of 4")
+    say("fitting, pass 1 of 4")  # from the start again
+    say("fitting, pass 2 of 4")
+    assert [task.completed for task in bars.tasks if task.visible] == [1]
+    assert len(bars.tasks) == 1
