@@ -45,7 +45,7 @@ from onnxprune.reconstruction import Refit
 from onnxprune.rewriter import Widths, rewrite
 from onnxprune.selection import PCA, Losses, Scores, check_criterion, in_steps, select
 from onnxprune.shapes import seeded_feeds
-from onnxprune.sizing import check_sized, sized
+from onnxprune.sizing import check_sized, guessed, sized, tell_guessed
 from onnxprune.stopwatch import Stopwatch, Timer, check_device
 from onnxprune.study import Study
 from onnxprune.tensorrt import Support, check_introduced
@@ -226,6 +226,8 @@ def prune(
     loaded = _loaded(file, feeds, sizes)
     source = "none" if calibration is None else calibration
     data = read_calibration(source, loaded, preprocess=preprocess, limit=samples, seed=seed)
+    assumed = guessed(loaded.proto, feeds, sizes)
+    tell_guessed(loaded, assumed, calibration)
 
     def find(one: Model) -> Grouping:
         return at_granularity(group(one, allow_io), granularity)
@@ -267,6 +269,8 @@ def prune(
         "allow_io": list(allow_io),
         "seed": seed,
         "input_shapes": {k: list(v) for k, v in loaded.input_shapes.items()},
+        "assumed": assumed,
+        "samples": data.count or None,
     }
     if clock:
         options["device"] = dict(clock.device)
@@ -392,9 +396,10 @@ def _apply(
         grouping, proof, bench = certified(made.grouping, feeds, seed, True, progress)
         lost = [i for i in made.remove if proof and i in proof.frozen]
         if lost and proof:
-            tensor = next(g.members[0].tensor for g in made.groups if g.id == lost[0])
             raise OnnxPruneError(
-                f"{made.grouping.model.name}: group {lost[0]} ('{tensor}') of the plan fails its proof: {proof.frozen[lost[0]]}", 4
+                f"{made.grouping.model.name}: group {lost[0]} ('{proof.names[lost[0]]}') of the plan fails its proof: "
+                f"{proof.frozen[lost[0]]}",
+                4,
             )
         made = replace(made, grouping=grouping)
     return _finish(made, proof, bench, True, progress), bench

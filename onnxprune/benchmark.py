@@ -117,12 +117,16 @@ def benchmark(
     return results
 
 
-def table(measurements: Sequence[Measurement]) -> Table:
-    """A column for each model; from the second on, each number is followed by its ratio to the first model's."""
+def table(measurements: Sequence[Measurement], batch: str = "") -> Table:
+    """A column for each model; from the second on, each number is followed by its ratio to the first model's.
+
+    batch: what a run is for, such as ` for a batch of 2`, which is said below.
+    """
     from rich import box
     from rich.table import Table
 
-    view = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    caption = f"MACs, memory and latency are{batch}" if batch else None
+    view = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
     view.add_column("", no_wrap=True)
     for m in measurements:
         view.add_column(m.name, justify="right", overflow="fold")

@@ -17,6 +17,7 @@ from onnxprune.folding import attributes
 from onnxprune.grouping import Branch, Group, Grouping, Member
 from onnxprune.importer import FLOATS, Model
 from onnxprune.liveness import Liveness
+from onnxprune.naming import branch_name
 
 Tensors = dict[str, None]  # in the order found
 
@@ -39,7 +40,16 @@ def with_branches(grouping: Grouping) -> Grouping:
     start = max((g.id for g in grouping.groups), default=-1) + 1
     found = [one for node in grouping.model.main if (one := finder.branch(node)) is not None]
     blocks = [
-        Group(start + i, 1, "block", False, tuple(finder.member(name) for name in tensors), (), branch)
+        Group(
+            start + i,
+            1,
+            "block",
+            False,
+            tuple(finder.member(name) for name in tensors),
+            (),
+            branch,
+            branch_name(branch.layers, branch.output),
+        )
         for i, (branch, tensors) in enumerate(found)
     ]
     return replace(grouping, groups=(*grouping.groups, *blocks))

@@ -21,6 +21,7 @@ from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Group, Grouping, without
 from onnxprune.importer import FLOATS, Model
 from onnxprune.moves import Moves, permuted
+from onnxprune.naming import group_names
 from onnxprune.parts import Parts
 from onnxprune.rewriter import Widths
 from onnxprune.running import LEAST, LOADING, MOST, Arrays, Lazy, Runner, Runs, distance, jittered, some, widened
@@ -39,9 +40,12 @@ class Proof:
     rounding: what moving every weight by one unit in its last place changes; tolerance: what counts as equal.
     proven, unexercised, unchecked: group ids.  frozen: {id of a group that failed: why}.
     commuting, masked: gaps of the pruned model, None where there was nothing to compare; statistics: groups that lose units
-    and change a mean, variance, maximum or softmax, for which masking does not apply.  matches: how far a given model is
-    from what the plan leaves; infinite where its weights were trained on.  influence: {id of a residual branch: how much the
-    outputs change without it, see `equivalence.influences`}.  pinned: axes that the file leaves open and that take one size alone.
+    and change a mean, variance, maximum or softmax, for which masking does not apply.  moved: how far the outputs are from the
+    original's without the removed units: 0 where these inputs show nothing of them, None where no output is of floats.
+    matches: how far a given model is from what the plan leaves; infinite where its weights were trained on.  influence: {id of a
+    residual branch: how much the outputs change without it, see `equivalence.influences`}.  pinned: axes that the file leaves open
+    and that take one size alone.  names: of all groups, those that failed too; inputs: {name: shape} of what was run; seeded: whether
+    the program made these inputs itself.
     """
 
     rounding: float
@@ -57,6 +61,10 @@ class Proof:
     matches: float | None = None
     influence: Mapping[int, float] = field(default_factory=dict)
     pinned: tuple[str, ...] = ()
+    moved: float | None = None
+    names: Mapping[int, str] = field(default_factory=dict)
+    inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    seeded: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {k: (list(v) if isinstance(v, tuple) else v) for k, v in vars(self).items()}
@@ -226,7 +234,20 @@ def certify(
     open_ += tuple(b.id for b in blocks if b.id not in influence)
     names = {m.tensor for g in (*groups, *blocks) for m in g.members}
     bench = replace(bench, arrays=some(bench.arrays, names))
-    proof = Proof(bench.rounding, bench.tolerance, worst, proven, idle, open_, failed, influence=influence, pinned=tuple(pinned))
+    proof = Proof(
+        rounding=bench.rounding,
+        tolerance=bench.tolerance,
+        permutation=worst,
+        proven=proven,
+        unexercised=idle,
+        unchecked=open_,
+        frozen=failed,
+        influence=influence,
+        pinned=tuple(pinned),
+        names=group_names(grouping),
+        inputs={name: tuple(np.shape(array)) for name, array in bench.feeds.items()},
+        seeded=feeds is None,
+    )
     return certified, proof, bench
 
 

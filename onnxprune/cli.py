@@ -215,6 +215,7 @@ def prune(
     """
     from onnxprune import api
     from onnxprune.allocations import check_budget, check_ratio
+    from onnxprune.cautions import cautions
     from onnxprune.curvefiles import read_curves
     from onnxprune.depth import check_granularity
     from onnxprune.external import AT_ONCE
@@ -291,11 +292,13 @@ def prune(
     content = {"model": model, "output": str(target), **result.to_json()}
     content |= {"evaluation": accuracy.to_json() if accuracy else None, "benchmark": [m.to_json() for m in measured]}
     passed = judged(gates, result, accuracy, measured)
-    content |= {"gates": [gate.to_json() for gate in passed]}
+    told = cautions(result, accuracy)
+    content |= {"gates": [gate.to_json() for gate in passed], "cautions": told}
     _write_json(content, json_path)
     if not quiet and json_path != "-":
         from onnxprune import report
         from onnxprune.benchmark import table
+        from onnxprune.wording import batch_in_words, batch_of
 
         console = _console()
         console.print(f"[bold]{result.plan.grouping.model.name}[/] → [bold]{target}[/]", soft_wrap=True)
@@ -310,8 +313,9 @@ def prune(
         if accuracy:
             report.show_evaluation(console, accuracy)
         if measured:
-            console.print(table(measured))
+            console.print(table(measured, batch_in_words(batch_of(result.plan.grouping.model))))
             report.hint_alignment(console, measured, result)
+        report.show_cautions(console, told)
     if not result.on_budget:
         _complain(
             f"the budget is out of reach: {result.reached:.1%} of {chosen['of']} went, {ratio:.1%} was asked; {target} is the closest"
@@ -445,6 +449,7 @@ def plan(
     onnxprune plan model.onnx --ratio 0.4 -o plan.json
     """
     from onnxprune import api
+    from onnxprune.cautions import cautions
     from onnxprune.writing import check_target, write_text
 
     check_target(output, model)
@@ -464,6 +469,7 @@ def plan(
 
         report.show_result(_console(), result, ratio, chosen["of"])
         report.show_proof(_console(), result.proof)
+        report.show_cautions(_console(), cautions(result))
         _console().print(f"{output} holds the plan; `onnxprune apply {model} {output} -o OUT.onnx` carries it out", soft_wrap=True)
     if not result.on_budget:
         _complain(f"the budget is out of reach: {result.reached:.1%} of {chosen['of']} goes, {ratio:.1%} was asked")
@@ -655,9 +661,14 @@ def bench(
     from onnxprune.external import IN_MEMORY
     from onnxprune.importer import load
     from onnxprune.shapes import seeded_feeds
+    from onnxprune.wording import batch_in_words, batch_of
+
+    batches: list[int | None] = []
 
     def macs(path: str, arrays: Mapping[str, np.ndarray]) -> int | None:
-        return _macs(load(path, arrays, memory=IN_MEMORY))
+        loaded = load(path, arrays, memory=IN_MEMORY)
+        batches.append(batch_of(loaded))
+        return _macs(loaded)
 
     given = read_feeds(feeds)
     if given is None and batch is None:
@@ -677,7 +688,7 @@ def bench(
         )
     _write_json([m.to_json() for m in measured], json_path)
     if not quiet and json_path != "-":
-        _console().print(table(measured))
+        _console().print(table(measured, batch_in_words(batches[0] if len(set(batches)) == 1 else None)))
     return 0
 
 

@@ -20,6 +20,9 @@ from onnxprune.selection import PCA
 from onnxprune.study import Study
 from onnxprune.tiles import Align, ladder
 
+NO_EFFECT = (
+    "on these inputs nothing that is done to its groups changes the outputs, so nothing is proven; give real inputs with --feeds inputs.npz"
+)
 T = TypeVar("T")
 Find = Callable[[Model], Grouping]
 Prove = Callable[[Grouping], tuple[Grouping, Proof | None, Bench | None]]
@@ -54,7 +57,7 @@ class Ground:
         chosen = set(self.own(dict.fromkeys(named)))
         idle = set(self.own(dict.fromkeys(proof.unexercised))) if proof else set[int]()
         if chosen and chosen <= idle:
-            raise OnnxPruneError(f"{name}: these inputs exercise none of its groups, so nothing is proven; give --feeds that do", 3)
+            raise OnnxPruneError(f"{name}: {NO_EFFECT}", 3)
         chosen -= idle  # their coupling is not proven
         if not chosen:
             raise OnnxPruneError(f"{name}: no group is left to prune; widen --scope or --exclude less", 3)

@@ -15,6 +15,7 @@ from onnxprune.errors import OnnxPruneError
 from onnxprune.heads import head_leaves
 from onnxprune.importer import FLOATS, Model
 from onnxprune.layouts import Dim, Layout, find, freeze
+from onnxprune.naming import named
 from onnxprune.relations import Axis, Concat, Fixed, Product, Same, Statistics
 from onnxprune.shuffles import find_shuffles
 
@@ -47,6 +48,7 @@ class Group:
     """Units that live in the same places in the same way; any of them may go.
 
     kind: "channel", "head" (attention heads), or "block": a residual branch, which is one unit and may go as well.
+    name: what people call it (`naming`).
     """
 
     id: int
@@ -56,6 +58,7 @@ class Group:
     members: tuple[Member, ...]
     leaves: tuple[Dim, ...] = field(repr=False, compare=False)
     branch: Branch | None = field(default=None, repr=False, compare=False)
+    name: str = field(default="", compare=False)
 
     def to_json(self) -> dict[str, Any]:
         members = [{"tensor": m.tensor, "axis": m.axis, "indices": m.indices.tolist()} for m in self.members]
@@ -99,7 +102,8 @@ def group(model: Model, allow_io: Sequence[str] = ()) -> Grouping:
     shuffles = find_shuffles(model)
     if shuffles:
         found.append(_grouped(model, relate(model, allow_io, shuffles)))
-    return max(found, key=lambda grouping: (-len(grouping.fixed), sum(g.units for g in grouping.groups)))
+    best = max(found, key=lambda grouping: (-len(grouping.fixed), sum(g.units for g in grouping.groups)))
+    return replace(best, groups=named(model, best.groups))
 
 
 def _grouped(model: Model, dependencies: Dependencies) -> Grouping:

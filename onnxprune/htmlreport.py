@@ -18,6 +18,7 @@ from onnxprune import __version__
 from onnxprune.allocations import DISTORTION
 from onnxprune.api import Result
 from onnxprune.benchmark import Measurement
+from onnxprune.cautions import cautions
 from onnxprune.charts import Sensitivity, Sweep, scores_section, sensitivity_section, sweep_section
 from onnxprune.curves import RATIOS
 from onnxprune.evaluation import Evaluation
@@ -26,7 +27,8 @@ from onnxprune.grouping import Group
 from onnxprune.layertable import layer_changes
 from onnxprune.markup import Cell, Html, Section, bar, code, element, join, page, table
 from onnxprune.naming import group_names
-from onnxprune.report import show_proof
+from onnxprune.report import proof_state, show_proof
+from onnxprune.wording import batch_in_words, batch_of, in_words
 
 WORDS = {"macs": "MACs", "params": "parameters", "channels": "channels"}
 EXAMPLES = 5
@@ -50,7 +52,11 @@ def html_report(
     """
     charts: dict[str, Any] = {}
     labels = group_names(result.plan.grouping)
-    sections = [_summary(result, measured, evaluation), _proof(result)]
+    sections = [_summary(result, measured, evaluation)]
+    told = cautions(result, evaluation)
+    if told:
+        sections.append(Section("notes", "Before it is used", element("ul", *(element("li", one, class_="warning") for one in told))))
+    sections.append(_proof(result))
     if result.fidelity or evaluation:
         sections.append(_outputs(result, evaluation))
     sections += [_layers(result), _groups(result, labels)]
@@ -110,6 +116,7 @@ def _summary(result: Result, measured: Sequence[Measurement], evaluation: Evalua
     made = f"{model.proto.producer_name} {model.proto.producer_version}".strip()
     facts = [
         ("Inputs, as run", _values(model.inputs, model.shapes)),
+        *([("MACs, latency", batch_in_words(batch_of(model)).strip())] if batch_in_words(batch_of(model)) else []),
         ("Outputs, as run", _values(model.outputs, model.shapes)),
         ("Nodes", f"{len(model.proto.graph.node)} before, {len(result.model.graph.node)} after"),
         ("Opsets", ", ".join(f"{domain} {number}" for domain, number in sorted(model.opsets.items()))),
@@ -156,8 +163,7 @@ def _proof(result: Result) -> Section:
     lines = [element("li", line.strip()) for line in console.file.getvalue().splitlines()]
     if result.proof is None:
         return Section("proof", "Proof", element("p", "Not verified: the proof was switched off.", class_="warning"))
-    note = "Gaps are in standard deviations of the outputs; equal is what is within what rounding alone may change."
-    return Section("proof", "Proof", join([element("ul", *lines), element("p", note, class_="note")]))
+    return Section("proof", "Proof", element("ul", *lines))
 
 
 def _outputs(result: Result, evaluation: Evaluation | None) -> Section:
@@ -165,14 +171,16 @@ def _outputs(result: Result, evaluation: Evaluation | None) -> Section:
     sets: list[tuple[str, int, Sequence[OutputFidelity]]] = []
     if result.fidelity:
         before, after = result.fidelity
-        sets.append(("pruned alone, calibration samples", before.samples, before.outputs))
-        sets.append(("with compensation, calibration samples", after.samples, after.outputs))
+        given = result.plan.options.get("samples")
+        of = f" (of {given})" if given and given > after.samples else ""
+        sets.append((f"pruned alone, calibration samples{of}", before.samples, before.outputs))
+        sets.append((f"with compensation, calibration samples{of}", after.samples, after.outputs))
     if evaluation:
         sets.append(("the result, evaluation samples", evaluation.samples, evaluation.outputs))
     for title, samples, outputs in sets:
         for one in outputs:
             figures = ((one.cosine, "{:.4f}"), (one.sqnr, "{:.1f} dB"), (one.kl, "{:.3g}"), (one.agreement, "{:.2%}"))
-            cells = ["–" if value is None else Cell(form.format(value), value) for value, form in figures]
+            cells = ["–" if value is None else Cell("same" if math.isinf(value) else form.format(value), value) for value, form in figures]
             rows.append([code(one.output), title, Cell(samples, samples), *cells])
     columns = ("Output", "Which model, on what", "Samples", "Cosine", "SQNR", "KL, nats", "Same top-1")
     shown = table("How near each output stays to the original's", columns, rows, id="outputs-table", kinds="  nnnnn")
@@ -254,8 +262,7 @@ def _state(result: Result, group: Group) -> str:
     proof = result.proof
     if proof is None:
         return "not run"
-    state = "not exercised" if group.id in proof.unexercised else "unchecked" if group.id in proof.unchecked else "proven"
-    return state + (", statistics" if group.statistics else "")
+    return proof_state(group, proof) + (", its units also count in a mean, variance, maximum or softmax" if group.statistics else "")
 
 
 def _fixed(result: Result) -> Section:
@@ -263,7 +270,7 @@ def _fixed(result: Result) -> Section:
     rows = []
     for reason, count in Counter(reason for _, _, reason in fixed).most_common():
         places = [(tensor, axis) for tensor, axis, why in fixed if why == reason][:EXAMPLES]
-        rows.append([reason, Cell(count, count), join((join([code(t), f" axis {a}"]) for t, a in places), ", ")])
+        rows.append([in_words(reason), Cell(count, count), join((join([code(t), f" axis {a}"]) for t, a in places), ", ")])
     if not rows:
         return Section("fixed", "What is fixed", element("p", "Nothing is."))
     return Section(

@@ -19,6 +19,7 @@ from onnxprune.grouping import Group, Grouping, group
 from onnxprune.importer import Model, load
 from onnxprune.relations import Axis
 from onnxprune.scopes import captured
+from onnxprune.sizing import guessed
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Inspection:
     units but those that --min-keep keeps}, of a residual branch with the branch.
     reach: the largest reductions, when every group that may go is down to `min_keep` ("min_keep"), to one unit ("one_unit"), and when
     the residual branches are cut too ("branches"; absent where there are none).
+    assumed: the inputs with sizes besides the batch that the file leaves open and nobody gave.
     """
 
     grouping: Grouping = field(repr=False)
@@ -69,6 +71,7 @@ class Inspection:
     alone: Mapping[int, Share]
     reach: Mapping[str, Share]
     min_keep: float
+    assumed: tuple[str, ...] = ()
 
     @property
     def untouched(self) -> tuple[Layer, ...]:
@@ -151,6 +154,7 @@ def inspect(
         alone={g.id: share({g.id: least(g)}) for g in grouping.groups},
         reach=reach,
         min_keep=min_keep,
+        assumed=tuple(guessed(grouping.model.proto, feeds, input_shapes or {})),
     )
 
 

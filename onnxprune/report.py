@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
+from rich.table import Table
 
 from onnxprune.api import Result
 from onnxprune.benchmark import Measurement
 from onnxprune.certificate import Proof
 from onnxprune.evaluation import Evaluation
-from onnxprune.grouping import Grouping
+from onnxprune.grouping import Group, Grouping
 from onnxprune.handoff import HandOff
+from onnxprune.importer import Model
+from onnxprune.inputs import inputs_of
 from onnxprune.naming import group_names
+from onnxprune.shortening import fitted, shortened
 from onnxprune.tensorrt import Support
 from onnxprune.tensorrt_operators import VERSION
 from onnxprune.terminal import NARROW
 from onnxprune.terminal import table as table_of
+from onnxprune.wording import batch_in_words, batch_of, in_words, open_in_words, shape_flag, sizes_in_words
 
 
 def show_groups(console: Console, grouping: Grouping, proof: Proof | None) -> None:
@@ -31,21 +37,41 @@ def show_groups(console: Console, grouping: Grouping, proof: Proof | None) -> No
     console.print(f"[bold]{escape(grouping.model.name)}[/]: {found}{also}")
     wide = console.width >= NARROW
     kind = (("kind", "left"),) if wide else ()
-    table = table_of(("group", "right"), ("units", "right"), *kind, ("tensors", "left"), ("proof", "left"))
-    idle, names = set(proof.unexercised) if proof else set(), group_names(grouping)
-    for group in grouping.groups:
-        state = "not run" if proof is None else "not exercised" if group.id in idle else "proven"
-        state = "unchecked" if proof and group.id in proof.unchecked else state
-        state += ", statistics" if group.statistics else ""
-        kinds = (group.kind,) if wide else ()
-        table.add_row(str(group.id), str(group.units), *kinds, escape(names[group.id]), state)
+
+    def made(names: Sequence[str]) -> Table:
+        table = table_of(("group", "right"), ("units", "right"), *kind, ("tensors", "left"), ("proof", "left"))
+        for group, name in zip(grouping.groups, names, strict=True):
+            kinds = (group.kind,) if wide else ()
+            table.add_row(str(group.id), str(group.units), *kinds, escape(name), proof_state(group, proof) + MARK * group.statistics)
+        table.columns[-1].no_wrap = True
+        return table
+
     if grouping.groups:
-        console.print(table)
-    if grouping.fixed:
-        console.print("fixed:")
-        for reason, count in Counter(reason for _, _, reason in grouping.fixed).most_common():
-            example = next((tensor, axis) for tensor, axis, why in grouping.fixed if why == reason)
-            console.print(f"  {count} × {escape(reason)} (such as {escape(example[0])}, axis {example[1]})", soft_wrap=True)
+        console.print(fitted(console, list(group_names(grouping).values()), made))
+    if any(group.statistics for group in grouping.groups):
+        console.print(f"{MARK.strip()} its units are also counted in a mean, variance, maximum or softmax, which changes with them")
+    show_fixed(console, grouping)
+
+
+MARK = " *"  # of groups with statistics
+
+
+def proof_state(group: Group, proof: Proof | None) -> str:
+    """What was proven of a group, in a word or two."""
+    if proof is None:
+        return "not run"
+    return "no effect seen" if group.id in proof.unexercised else "not checked" if group.id in proof.unchecked else "proven"
+
+
+def show_fixed(console: Console, grouping: Grouping) -> None:
+    """What may not change, by reason, each with an example."""
+    if not grouping.fixed:
+        return
+    console.print("may not change (axes of weights, and why):")
+    for reason, count in Counter(reason for _, _, reason in grouping.fixed).most_common():
+        tensor, axis = next((tensor, axis) for tensor, axis, why in grouping.fixed if why == reason)
+        what = f"{count} {'axis' if count == 1 else 'axes'}: {escape(in_words(reason))}"
+        console.print(f"  {what} (such as {escape(tensor)}, axis {axis})", soft_wrap=True)
 
 
 def show_places(console: Console, grouping: Grouping) -> None:
@@ -56,49 +82,44 @@ def show_places(console: Console, grouping: Grouping) -> None:
             where = f"{escape(member.tensor)}, axis {member.axis}" + (f", {each} places a unit" if each > 1 else "")
             console.print(f"  group {group.id}: {where}", soft_wrap=True)
     for tensor, axis, reason in grouping.fixed:
-        console.print(f"  fixed: {escape(tensor)}, axis {axis}: {escape(reason)}", soft_wrap=True)
+        console.print(f"  fixed: {escape(tensor)}, axis {axis}: {escape(in_words(reason))}", soft_wrap=True)
 
 
 def show_result(console: Console, result: Result, ratio: float | None, of: str) -> None:
     """The widths of every group before and after, and what went."""
-    table = table_of(("group", "right"), ("tensors", "left"), ("units", "right"), ("", "left"))
-    names, width = group_names(result.plan.grouping), 20 if console.width >= NARROW else 8
-    for group in result.plan.groups:
-        gone = len(result.plan.remove.get(group.id, ()))
-        if gone:
-            kept = group.units - gone
-            table.add_row(str(group.id), escape(names[group.id]), f"{group.units} → {kept}", _bar(kept / group.units, width))
-    table.columns[-1].no_wrap = True
-    if table.row_count:
-        console.print(table)
+    width = 20 if console.width >= NARROW else 8
+    gone = {g.id: len(result.plan.remove.get(g.id, ())) for g in result.plan.groups}
+    losing = [g for g in result.plan.groups if gone[g.id]]
+    names = group_names(result.plan.grouping)
+
+    def made(short: Sequence[str]) -> Table:
+        table = table_of(("group", "right"), ("tensors", "left"), ("units", "right"), ("", "left"))
+        for group, name in zip(losing, short, strict=True):
+            kept = group.units - gone[group.id]
+            table.add_row(str(group.id), escape(name), f"{group.units} → {kept}", _bar(kept / group.units, width))
+        table.columns[-1].no_wrap = True
+        return table
+
+    if losing:
+        console.print(fitted(console, [names[g.id] for g in losing], made))
+    model = result.plan.grouping.model
+    batch = batch_in_words(batch_of(model))
     for title, (before, after) in (("MACs", result.macs), ("parameters", result.parameters)):
         if before:
-            console.print(f"{title}: {before:,} → {after:,} ({1 - after / before:.1%} less)")
+            console.print(f"{title}: {before:,} → {after:,} ({1 - after / before:.1%} less){batch if title == 'MACs' else ''}")
     if result.latency:
         whole, left = result.latency
-        console.print(f"latency: {1e3 * whole:.3g} ms → {1e3 * left:.3g} ms ({1 - left / whole:.1%} less)")
-    sizes = _open_sizes(result)
-    if sizes and ratio is not None:
-        console.print(f"counted and timed at {escape(sizes)}; other sizes in use: give them with --input-shape")
-    options = result.plan.options
-    if ratio is not None and options.get("compensation") == "none" and options.get("calibration") is None:
+        console.print(f"latency: {1e3 * whole:.3g} ms → {1e3 * left:.3g} ms ({1 - left / whole:.1%} less){batch}")
+    sizes, guessed = open_in_words(model), list(result.plan.options.get("assumed") or [])
+    if ratio is not None and guessed:
         console.print(
-            "[yellow]chosen by the weights alone, and nothing makes up for what went: expect to lose accuracy; give --calibration "
-            "(a few hundred inputs, no labels, or 'noise')[/]"
+            f"[yellow]counted and timed at a guessed size, {escape(open_in_words(model, guessed))}: give the size in use, with "
+            f"{escape(shape_flag(model, guessed))}[/]"
         )
+    elif ratio is not None and sizes:
+        console.print(f"counted and timed at {escape(sizes)}")
     if ratio is not None and not result.on_budget:
         console.print(f"[yellow]asked for {ratio:.1%} of {of}; {result.reached:.1%} is the closest that the groups allow[/]")
-
-
-def _open_sizes(result: Result) -> str:
-    """The inputs whose sizes the file leaves open besides the batch, at the sizes that were used: `image 2×3×32×32 (h, w open)`."""
-    model, found = result.plan.grouping.model, []
-    for value in model.proto.graph.input:
-        dims = value.type.tensor_type.shape.dim
-        free = [d.dim_param or "?" for d in list(dims)[1:] if not d.HasField("dim_value")]
-        if free and value.name in model.input_shapes:
-            found.append(f"{value.name} {'×'.join(map(str, model.input_shapes[value.name]))} ({', '.join(free)} open)")
-    return ", ".join(found)
 
 
 def _bar(share: float, width: int) -> str:
@@ -107,38 +128,57 @@ def _bar(share: float, width: int) -> str:
 
 
 def show_proof(console: Console, proof: Proof | None) -> None:
-    """What was proven, in plain words, gaps in standard deviations of the outputs."""
+    """What was tested, what came out, what it means and what to do, in plain words."""
     if proof is None:
-        console.print("[yellow]not verified: what is left was not compared with the original[/]")
+        console.print("[yellow]not verified: what is left was not compared with the original (--no-verify)[/]")
         return
     console.print(f"[{'green' if proof.proven or proof.unchecked else 'yellow'}]{verdict(proof)}[/]")
+    if proof.inputs:
+        made = "made-up inputs (random numbers; --feeds gives real ones)" if proof.seeded else "the inputs of --feeds"
+        _point(console, f"tested on {made}: {escape(sizes_in_words(proof.inputs))}")
     count = len(proof.proven) + len(proof.unexercised) + len(proof.unchecked) - len(proof.influence)
-    _point(
-        console,
-        f"{count} {'group' if count == 1 else 'groups'} permuted: outputs move by {proof.permutation:.1e} standard deviations "
-        f"(rounding {proof.rounding:.1e}, allowed {proof.tolerance:.1e})",
-    )
+    if count:
+        whose = "the group's units" if count == 1 else f"the units of {count} groups"
+        _point(
+            console,
+            f"{whose} put in another order: the outputs stay the same (they differ by {_gap(proof.permutation)}; rounding alone makes "
+            f"{_gap(proof.rounding)}, more than {_gap(proof.tolerance)} would fail)",
+        )
     if proof.influence:
-        _point(console, f"{_branches(len(proof.influence))}: cutting them is the same as zeros in their last projections")
-    for text, ids in (
-        ("kept whole, as these inputs do not exercise them (give inputs that do with --feeds)", proof.unexercised),
-        ("left unchecked for time whether they are exercised", proof.unchecked),
-    ):
-        if ids:
-            _point(console, f"[yellow]{_some(ids)} {text}[/]")
-    for reason, failed in _by_reason(proof).items():
-        _point(console, f"[yellow]{_some(failed)} kept whole: {escape(reason)}[/]")
+        _point(console, f"{_branches(len(proof.influence))} left out: the same outputs as with zeros in their last layers")
     if proof.commuting is not None:
-        _point(console, f"pruning a permuted model gives the same outputs: {proof.commuting:.1e}")
+        _point(console, f"units removed after that reordering: the same outputs as removed before (they differ by {_gap(proof.commuting)})")
     if proof.masked is not None:
-        _point(console, f"the original with zeros in place of the units gives the same outputs: {proof.masked:.1e}")
+        _point(console, f"units removed: the same outputs as with zeros in their place (they differ by {_gap(proof.masked)})")
     if proof.statistics:
-        _point(console, f"{_some(proof.statistics)} also in a mean, variance, maximum or softmax, which zeros would not leave alone")
+        what = "its" if len(proof.statistics) == 1 else "their"
+        _point(
+            console,
+            f"{_some(console, proof, proof.statistics)}: the test with zeros does not apply, as {what} units are also counted in a mean, "
+            "variance, maximum or softmax, which becomes that of the units that stay; the other tests do",
+        )
+    if proof.unexercised:
+        larger = ", or larger made-up ones with --input-shape" if proof.seeded else ""
+        _point(
+            console,
+            f"[yellow]{_stays(console, proof, proof.unexercised)} whole: on these inputs nothing that is done to "
+            f"{'it' if len(proof.unexercised) == 1 else 'them'} changes the outputs, so nothing can be proven; give real inputs with "
+            f"--feeds inputs.npz{larger}[/]",
+        )
+    if proof.unchecked:
+        _point(
+            console,
+            f"{_some(console, proof, proof.unchecked)}: passed, but there was no time to see whether these inputs would show a mistake",
+        )
+    for reason, failed in _by_reason(proof).items():
+        _point(console, f"[yellow]{_stays(console, proof, failed)} whole: {escape(in_words(reason))}[/]")
     if proof.matches is not None:
         text = "is what the plan leaves" if _same(proof) else "has the plan's shapes and other weights (trained on or compensated)"
-        _point(console, f"the pruned model {text}: {proof.matches:.1e}")
+        _point(console, f"the pruned model {text} (its outputs differ by {_gap(proof.matches)})")
     if proof.pinned:
         _point(console, f"[yellow]{escape('; '.join(proof.pinned))}: {PINNED}[/]")
+    if count or proof.matches is not None:
+        _point(console, "[dim]differences are the largest of any output, in its standard deviations: 0.01 is 1 % of how much it varies[/]")
 
 
 PINNED = (
@@ -155,10 +195,15 @@ def verdict(proof: Proof) -> str:
     if not (proof.proven or proof.unchecked):
         return f"nothing is proven{but}"
     if proof.matches is not None and not _same(proof):
-        return f"the proof holds for the plan's surgery; the pruned model has its shapes and weights of its own{but}"
+        return f"the proof holds for the plan's surgery; the pruned model has its shapes and weights of its own, which no proof covers{but}"
     if proof.commuting is not None or proof.masked is not None:
-        return f"the proof holds: the surgery leaves the original minus the removed units{but}"
+        return f"the proof holds: what is left computes what the original does without the removed units{but}"
     return f"the proof holds: the units of each group can change places, and the outputs stay as they were{but}"
+
+
+def _gap(value: float) -> str:
+    """A difference in standard deviations, short."""
+    return "0" if value == 0 else f"{value:.1g}"
 
 
 def _point(console: Console, text: str) -> None:
@@ -181,8 +226,26 @@ def _by_reason(proof: Proof) -> dict[str, list[int]]:
     return found
 
 
-def _some(ids: Sequence[int]) -> str:
-    return ("group " if len(ids) == 1 else "groups ") + ", ".join(map(str, ids[:8])) + (" …" if len(ids) > 8 else "")
+def _some(console: Console, proof: Proof, ids: Sequence[int]) -> str:
+    """The first of some groups, each with its name."""
+    first = [i for i in ids[:NAMED] if i in proof.names]
+    names = shortened([proof.names[i] for i in first], max(24, console.width - 40))
+    said = [f"{i} ({name})" for i, name in zip(first, names, strict=True)]
+    more = f" and {len(ids) - len(first)} more" if len(ids) > len(first) else ""
+    return escape(("group " if len(ids) == 1 else "groups ") + ", ".join(said) + more)
+
+
+def _stays(console: Console, proof: Proof, ids: Sequence[int]) -> str:
+    return f"{_some(console, proof, ids)} stay{'s' if len(ids) == 1 else ''}"
+
+
+NAMED = 3  # groups that a sentence names
+
+
+def show_cautions(console: Console, sentences: Sequence[str]) -> None:
+    """Each on lines of its own."""
+    for sentence in sentences:
+        console.print(f"[yellow]note: {escape(sentence)}[/]")
 
 
 SLOWER = 1.03  # times the original's latency; less is how clocks vary
@@ -209,22 +272,38 @@ def _fidelity_titles(console: Console) -> list[str]:
     return [title for title in FIDELITY if title != "KL" or console.width >= NARROW]
 
 
+def _figure(value: float, form: str) -> str:
+    return "same" if math.isinf(value) else form.format(value)
+
+
+def _of_one(model: Model) -> dict[str, tuple[int, ...]]:
+    """The sizes of one sample of each input that has an axis of samples."""
+    axes = inputs_of(model.proto).axes
+    return {name: tuple(n for i, n in enumerate(shape) if i != axes[name]) for name, shape in model.input_shapes.items() if name in axes}
+
+
 def show_compensation(console: Console, result: Result) -> None:
     """How near the outputs are on calibration samples, before compensation and after."""
     if result.fidelity is None:
         return
     before, after = result.fidelity
     pairs = sum(1 for refit in result.refits if refit.partner)
-    fitted = f", {len(result.refits) - pairs} layers fitted" if result.refits else ""
-    fitted += f", {pairs} of them refined with the layer before" if pairs else ""
-    noise = result.plan.options.get("calibration") == "noise"
-    where = f"inputs of its own making ({after.samples}); real ones may fare worse" if noise else f"{after.samples} calibration samples"
-    console.print(f"compensation: {result.plan.options.get('compensation')}{fitted}; on {where}:")
+    layers = f", {len(result.refits) - pairs} layers fitted" if result.refits else ""
+    layers += f", {pairs} of them refined with the layer before" if pairs else ""
+    options, model = result.plan.options, result.plan.grouping.model
+    given = options.get("samples")
+    of = f"{after.samples} of the {given}" if given and given > after.samples else f"{after.samples}"
+    if options.get("calibration") == "noise":
+        where = f"{of} made-up samples ('noise', {escape(sizes_in_words(_of_one(model)))} each; real ones may fare worse)"
+    else:
+        where = f"{of} calibration samples"
+    near = f"how near the outputs stay to the original's, without it → with it, on {where}:"
+    console.print(f"compensation: {options.get('compensation')}{layers}; {near}")
     titles = _fidelity_titles(console)
     table = table_of(("output", "left"), *((title, "right") for title in titles))
     for old, new in zip(before.outputs, after.outputs, strict=True):
         pairs_of = [(getattr(old, field), getattr(new, field), form) for field, form in map(FIDELITY.__getitem__, titles)]
-        row = ["–" if a is None or b is None else f"{form.format(a)} → [bold]{form.format(b)}[/]" for a, b, form in pairs_of]
+        row = ["–" if a is None or b is None else f"{_figure(a, form)} → [bold]{_figure(b, form)}[/]" for a, b, form in pairs_of]
         table.add_row(escape(new.output), *row)
     if table.row_count:
         console.print(table)
@@ -241,7 +320,7 @@ def show_evaluation(console: Console, found: Evaluation) -> None:
     table = table_of(("output", "left"), *((title, "right") for title in FIDELITY))
     for output in found.outputs:
         row = [(getattr(output, field), form) for field, form in FIDELITY.values()]
-        table.add_row(escape(output.output), *("–" if value is None else form.format(value) for value, form in row))
+        table.add_row(escape(output.output), *("–" if value is None else _figure(value, form) for value, form in row))
     if table.row_count:
         console.print(table)
 

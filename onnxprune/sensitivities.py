@@ -18,6 +18,7 @@ from onnxprune.depth import at_granularity
 from onnxprune.errors import OnnxPruneError
 from onnxprune.evaluation import Metric
 from onnxprune.external import AT_ONCE
+from onnxprune.ground import NO_EFFECT
 from onnxprune.grouping import Grouping, group
 from onnxprune.importer import load, read
 from onnxprune.keeping import counted, digest_of, keep, key_of, read_kept
@@ -30,7 +31,7 @@ from onnxprune.running import Arrays
 from onnxprune.samples import Samples
 from onnxprune.scoping import may_go
 from onnxprune.selection import AUTO, PCA, check_criterion, scored
-from onnxprune.sizing import sized
+from onnxprune.sizing import guessed, sized, tell_guessed
 from onnxprune.study import Study
 
 KIND = "sensitivity"
@@ -131,7 +132,9 @@ def sensitivity(
         progress("reading the model")
     file = read(model, AT_ONCE if memory is None else memory)
     file.external.need_memory(file.name, "sensitivity")
-    loaded = load(file, feeds, sized(file.proto, feeds, input_shapes, [calibration, evaluation], preprocess))
+    sizes = sized(file.proto, feeds, input_shapes, [calibration, evaluation], preprocess)
+    loaded = load(file, feeds, sizes)
+    tell_guessed(loaded, guessed(loaded.proto, feeds, sizes), calibration)
     data = read_calibration(calibration, loaded, preprocess=preprocess, limit=samples, seed=seed)
     if not data.count:
         raise OnnxPruneError("--calibration none: there is nothing to measure on; give samples, or 'noise'")
@@ -155,8 +158,10 @@ def sensitivity(
         grouping, proof, _ = certify(grouping, feeds, seed, progress=progress)
         idle = set(proof.unexercised)
     chosen, _ = may_go(grouping, scope, exclude, {})
-    if not chosen - idle:
-        raise OnnxPruneError(f"{loaded.name}: no group is left to measure; see `onnxprune groups`", 3)
+    if chosen and chosen <= idle:
+        raise OnnxPruneError(f"{loaded.name}: {NO_EFFECT}", 3)
+    if not chosen:
+        raise OnnxPruneError(f"{loaded.name}: no group is left to measure; widen --scope or --exclude less", 3)
     names = group_names(grouping)
     tensors = {g.id: g.members[0].tensor for g in grouping.groups}
     floats = in_floats(grouping, feeds, lambda one: at_granularity(group(one, allow_io), "channel"))
@@ -170,7 +175,7 @@ def sensitivity(
         ratios=tuple(ratios),
         points=tuple(_points(kept)),
         tensors={g.id: tensors[g.id] for g in grouping.groups},
-        names={g.id: names[g.id] for g in grouping.groups},
+        names={i: name for i, name in names.items() if i in chosen},
         measure=kept.get("measure"),
         before=kept.get("before"),
         skipped=tuple(sorted(chosen & idle)),

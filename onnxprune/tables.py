@@ -3,32 +3,51 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
+from onnxprune.api import why_not
+from onnxprune.cautions import UNMOVED
 from onnxprune.inspection import Inspection, Layer
 from onnxprune.naming import group_names
+from onnxprune.report import show_fixed
 from onnxprune.sensitivities import Point, Sensitivity, removed
+from onnxprune.shortening import fitted, shortened
 from onnxprune.sweeping import COSTS, Sweep
 from onnxprune.terminal import NARROW
 from onnxprune.terminal import table as table_of
+from onnxprune.wording import batch_in_words, batch_of, in_words, open_in_words, shape_flag, sizes_in_words
 
 LARGEST = 30  # layers that are listed at most, unless all are asked for
 LEAST = 0.005  # of the MACs or of the parameters, which a layer has to be listed
+SAID = 0.0005  # of them, which an operator has to be named
 WIDE = 110  # characters from which on shapes and numbers are shown beside shares
 
 
 def show_inspection(console: Console, found: Inspection, everything: bool = False) -> None:
     """Layers and groups with what they are worth, what is fixed, and the largest reductions; all layers where `everything` is asked for."""
     model = found.grouping.model
-    sizes = ", ".join(f"{escape(name)} {'×'.join(map(str, shape)) or 'of one number'}" for name, shape in model.input_shapes.items())
-    console.print(f"[bold]{escape(model.name)}[/]: {found.parameters:,} parameters, {found.macs:,} MACs on {sizes}", soft_wrap=True)
-    _show_layers(console, found, everything)
-    _show_operators(console, found)
-    _show_groups(console, found)
-    _show_fixed(console, found)
-    _show_reach(console, found)
+    batch = batch_in_words(batch_of(model))
+    on = f"{batch}, on" if batch else " on"
+    sizes = escape(sizes_in_words(model.input_shapes))
+    console.print(f"[bold]{escape(model.name)}[/]: {found.parameters:,} parameters, {found.macs:,} MACs{on} {sizes}", soft_wrap=True)
+    if found.assumed:
+        guess, flag = open_in_words(model, found.assumed), shape_flag(model, found.assumed)
+        console.print(f"[yellow]guessed: {escape(guess)}; give the size in use, with {escape(flag)}[/]", soft_wrap=True)
+    if not found.grouping.groups:
+        console.print(f"[yellow]nothing can be pruned ({escape(why_not(found.grouping))})[/]", soft_wrap=True)
+    if found.layers:
+        _show_layers(console, found, everything)
+        _show_operators(console, found)
+    if found.grouping.groups:
+        _show_groups(console, found)
+    show_fixed(console, found.grouping)
+    _show_untouched(console, found)
+    if found.grouping.groups:
+        _show_reach(console, found)
 
 
 def _show_layers(console: Console, found: Inspection, everything: bool) -> None:
@@ -43,26 +62,38 @@ def _show_layers(console: Console, found: Inspection, everything: bool) -> None:
         columns[1:3] = [("weights", left), ("output", left), *numbers]
     if not narrow:
         columns.insert(1, ("operator", left))
-    table = table_of(*columns)
-    for column in table.columns[1:2]:
-        column.no_wrap = True
-    for layer in shown:
-        weight = max((shape for _, shape in layer.weights), key=lambda s: (len(s), s), default=())
-        groups = ", ".join(map(str, layer.groups[:6])) + (" …" if len(layer.groups) > 6 else "")
-        cells = [_share(layer.parameters, found.parameters), _share(layer.macs, found.macs)]
-        if wide:
-            counts = [f"{count:,}" if count else "" for count in (layer.parameters, layer.macs)]
-            cells = ["×".join(map(str, weight)), "×".join(map(str, layer.output)), counts[0], cells[0], counts[1], cells[1]]
-        operator = [] if narrow else [layer.op]
-        table.add_row(escape(layer.name), *operator, *cells, groups if layer.groups else f"fixed: {escape(layer.fixed or '')}")
-    console.print(table)
+
+    def made(names: Sequence[str]) -> Table:
+        table = table_of(*columns)
+        for column in table.columns[1:2]:
+            column.no_wrap = True
+        for layer, name in zip(shown, names, strict=True):
+            weight = max((shape for _, shape in layer.weights), key=lambda s: (len(s), s), default=())
+            groups = ", ".join(map(str, layer.groups[:6])) + (" …" if len(layer.groups) > 6 else "")
+            cells = [_share(layer.parameters, found.parameters), _share(layer.macs, found.macs)]
+            if wide:
+                counts = [f"{count:,}" if count else "" for count in (layer.parameters, layer.macs)]
+                cells = ["×".join(map(str, weight)), "×".join(map(str, layer.output)), counts[0], cells[0], counts[1], cells[1]]
+            operator = [] if narrow else [layer.op]
+            table.add_row(escape(name), *operator, *cells, groups or "none")
+        return table
+
+    console.print(fitted(console, [layer.name for layer in shown], made))
+    for reason, names in _reasons(shown).items():
+        alike = shortened(names[:3], max(24, console.width // 3))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        console.print(f"no group in {escape(', '.join(alike))}{more}: {escape(in_words(reason))}")
     if len(shown) < len(found.layers):
-        console.print(f"the {len(shown)} largest of {len(found.layers)} layers; -v lists all")
+        console.print(f"{len(shown)} of {len(found.layers)} layers are shown, the largest; -v shows all")
 
 
-def _trifling(layer: Layer) -> bool:
-    """It holds a number or two, such as a scale or an exponent."""
-    return not layer.macs and layer.parameters <= 2
+def _reasons(layers: Sequence[Layer]) -> dict[str, list[str]]:
+    """Why layers have no group, and which."""
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        if not layer.groups:
+            found.setdefault(layer.fixed or "", []).append(layer.name)
+    return found
 
 
 def _shares(found: Inspection, layer: Layer) -> tuple[float, float]:
@@ -79,7 +110,7 @@ def _show_operators(console: Console, found: Inspection) -> None:
         macs[layer.op] += layer.macs
         parameters[layer.op] += layer.parameters
     for title, whole, parts in (("MACs", found.macs, macs), ("parameters", found.parameters, parameters)):
-        named = [f"{op} {_share(part, whole)}" for op, part in parts.most_common(5) if part]
+        named = [f"{op} {_share(part, whole)}" for op, part in parts.most_common(5) if part >= SAID * whole > 0]
         if named:
             console.print(f"{title}: {', '.join(named)}")
 
@@ -87,47 +118,45 @@ def _show_operators(console: Console, found: Inspection) -> None:
 def _show_groups(console: Console, found: Inspection) -> None:
     groups = found.grouping.groups
     idle = set(found.proof.unexercised) if found.proof else set()
-    if not groups:
-        console.print("[yellow]nothing can be pruned[/]")
-        return
-    wide, names = console.width >= NARROW, group_names(found.grouping)
-    kind = (("kind", "left"),) if wide else ()
-    table = table_of(("group", "right"), ("units", "right"), *kind, ("tensors", "left"), ("MACs", "right"), ("parameters", "right"))
-    for group in groups:
-        share = found.alone[group.id]
-        kinds = (group.kind,) if wide else ()
-        note = " (not exercised by these inputs: stays whole; see --feeds)" if group.id in idle else ""
-        name = escape(names[group.id]) + note
-        table.add_row(str(group.id), str(group.units), *kinds, name, f"{share.macs:.1%}", f"{share.parameters:.1%}")
-    console.print(table)
-    console.print("shares: what would go with this group alone, down to --min-keep")
+    kind = (("kind", "left"),) if console.width >= NARROW else ()
+
+    def made(names: Sequence[str]) -> Table:
+        table = table_of(("group", "right"), ("units", "right"), *kind, ("tensors", "left"), ("MACs", "right"), ("parameters", "right"))
+        for group, name in zip(groups, names, strict=True):
+            share = found.alone[group.id]
+            kinds = (group.kind,) if kind else ()
+            number = f"{group.id}*" if group.id in idle else f"{group.id}"
+            table.add_row(number, str(group.units), *kinds, escape(name), f"{share.macs:.1%}", f"{share.parameters:.1%}")
+        return table
+
+    console.print(fitted(console, list(group_names(found.grouping).values()), made))
+    console.print(f"shares: what goes if this group alone is cut down to what it has to keep (--min-keep {found.min_keep:g})")
+    if idle:
+        console.print(
+            "[yellow]* on these inputs nothing that is done to it changes the outputs, so nothing is proven and it stays whole; give real "
+            "inputs with --feeds inputs.npz, or larger made-up ones with --input-shape[/]"
+        )
 
 
-def _show_fixed(console: Console, found: Inspection) -> None:
-    if found.grouping.fixed:
-        console.print("fixed:")
-    for reason, count in Counter(reason for _, _, reason in found.grouping.fixed).most_common():
-        example = next((tensor, axis) for tensor, axis, why in found.grouping.fixed if why == reason)
-        console.print(f"  {count} × {escape(reason)} (such as {escape(example[0])}, axis {example[1]})", soft_wrap=True)
-    untouched = [layer for layer in found.untouched if not _trifling(layer)]
-    if untouched:
+def _show_untouched(console: Console, found: Inspection) -> None:
+    untouched = found.untouched
+    if untouched and found.grouping.groups:
         macs, parameters = sum(one.macs for one in untouched), sum(one.parameters for one in untouched)
         console.print(
-            f"  {len(untouched)} of {sum(not _trifling(layer) for layer in found.layers)} layers have no unit that may go: "
+            f"layers without a group, of which nothing can go: {len(untouched)} of {len(found.layers)}, with "
             f"{_share(macs, found.macs) or '0.0%'} of the MACs, {_share(parameters, found.parameters) or '0.0%'} of the parameters",
-            soft_wrap=True,
         )
 
 
 REACHES = {
-    "min_keep": "with every group down to --min-keep {keep:g}",
-    "one_unit": "with one unit left of each",
-    "branches": "with the residual branches cut too (--granularity all)",
+    "min_keep": "with every group down to what it has to keep (--min-keep {keep:g})",
+    "one_unit": "with one unit left in each (--min-keep 1)",
+    "branches": "with the residual branches left out too (--granularity all)",
 }
 
 
 def _show_reach(console: Console, found: Inspection) -> None:
-    console.print("largest reduction:")
+    console.print("the most that can go:")
     for name, share in found.reach.items():
         how = REACHES[name].format(keep=found.min_keep)
         console.print(f"  {share.macs:.1%} of the MACs, {share.parameters:.1%} of the parameters {how}", soft_wrap=True)
@@ -144,19 +173,32 @@ def show_sensitivity(console: Console, found: Sensitivity) -> None:
         console.print(f"{found.measure} of the original: {_quality(found.measure, found.before)}")
     ratios = [(f"{ratio:.4g}", "right") for ratio in found.ratios]
     wide = console.width >= 45 + 10 * len(ratios)  # else the names stand below
-    table = table_of(("group", "right"), *((("units", "right"), ("tensor", "left")) if wide else ()), *ratios)
-    for group in sorted(by_group, key=lambda g: -max(_moved(p) for p in by_group[g])):
-        own = {point.removed: point for point in by_group[group]}
-        units = by_group[group][0].units
-        cells = [_cell(own[removed(units, ratio)], found.measure) for ratio in found.ratios]
-        table.add_row(str(group), *((str(units), escape(found.names.get(group, ""))) if wide else ()), *cells)
-    console.print(table)
+    order = sorted(by_group, key=lambda g: -max(_moved(p) for p in by_group[g]))
+
+    def made(names: Sequence[str]) -> Table:
+        table = table_of(("group", "right"), *((("units", "right"), ("tensor", "left")) if wide else ()), *ratios)
+        for group, name in zip(order, names, strict=True):
+            own = {point.removed: point for point in by_group[group]}
+            units = by_group[group][0].units
+            cells = [_cell(own[removed(units, ratio)], found.measure) for ratio in found.ratios]
+            table.add_row(str(group), *((str(units), escape(name)) if wide else ()), *cells)
+        return table
+
+    names = [found.names.get(group, "") for group in order]
+    console.print(fitted(console, names, made) if wide else made(names))
     for group in () if wide else sorted(by_group):
         console.print(f"  group {group}: {escape(found.names.get(group, ''))}, {by_group[group][0].units} units", soft_wrap=True)
     console.print("change: mean squared change of the outputs by their variance; 1 is as much as they vary themselves")
-    if found.skipped:
+    if found.points and all(point.change is not None and point.change < UNMOVED**2 for point in found.points):
         console.print(
-            f"[yellow]not exercised by the inputs, so left out (give inputs that do with --feeds): {', '.join(map(str, found.skipped))}[/]"
+            "[yellow]note: no output changes at any point: either these units never do anything or these samples do not reach them; give "
+            "--calibration real samples, such as --calibration data.npz[/]"
+        )
+    if found.skipped:
+        left = ", ".join(f"{group} ({found.names.get(group, '')})" for group in found.skipped)
+        console.print(
+            f"[yellow]left out, as on these inputs nothing that is done to them changes the outputs (give real inputs with --feeds "
+            f"inputs.npz): {escape(left)}[/]"
         )
 
 

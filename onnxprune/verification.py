@@ -15,6 +15,7 @@ from onnxprune.grouping import Group, Grouping
 from onnxprune.importer import FLOATS, Model
 from onnxprune.masking import contractions, excuses, zeroed
 from onnxprune.moves import Moves, permuted, shuffled
+from onnxprune.naming import group_names
 from onnxprune.parts import without
 from onnxprune.plans import Plan
 from onnxprune.rewriter import Remove, Widths, rewrite
@@ -36,7 +37,7 @@ def prove_surgery(
     losing = [g for g in grouping.groups if len(remove.get(g.id, ()))]
     say("permuting before pruning")
     try:
-        pruned, gap = _pruned(bench, grouping, losing, remove)
+        pruned, gap, moved = _pruned(bench, grouping, losing, remove)
     except OnnxPruneError as error:
         say(f"looking for the cause among {len(losing)} groups")
         raise _failure(grouping, _culprits(losing, error, lambda part: _pruned(bench, grouping, part, remove))) from error
@@ -51,15 +52,14 @@ def prove_surgery(
     except OnnxPruneError as error:
         raise _failure(grouping, _culprits(plain, error, lambda part: _elsewhere(bench, grouping, part, remove))) from error
     changing = tuple(g.id for g in grouping.groups if g.statistics and len(remove.get(g.id, ())))
-    return pruned, grouping, replace(proof, commuting=gap, masked=masked, statistics=changing)
+    return pruned, grouping, replace(proof, commuting=gap, masked=masked, statistics=changing, moved=moved)
 
 
 def _failure(grouping: Grouping, wrong: Mapping[int, str]) -> ProofError:
     first = next(g for g in grouping.groups if g.id in wrong)
+    names = group_names(grouping)
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    message = (
-        f"group {first.id} ('{first.members[0].tensor}'){more} fails the proof of the pruned model: {wrong[first.id]}; nothing is written"
-    )
+    message = f"group {first.id} ('{names[first.id]}'){more} fails the proof of the pruned model: {wrong[first.id]}; nothing is written"
     return ProofError(message, {k: f"removing its units would fail the proof: {why}" for k, why in wrong.items()})
 
 
@@ -175,8 +175,8 @@ def _has_halves(proto: ModelProto) -> bool:
     return any(t.data_type in FLOATS and t.data_type != FLOATS[0] for t in proto.graph.initializer)
 
 
-def _pruned(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remove) -> tuple[ModelProto, float | None]:
-    """The model without the units of some groups, and the gap to pruning after a permutation.
+def _pruned(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remove) -> tuple[ModelProto, float | None, float | None]:
+    """The model without the units of some groups, the gap to pruning after a permutation, and how far the outputs moved.
 
     Raises OnnxPruneError (exit code 4) where it is not well-formed, or the gap is more than rounding or not to be told from it.
     """
@@ -185,8 +185,10 @@ def _pruned(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remov
     narrow = Moves(grouping, after=gone)
     widths = Widths(grouping, gone)
     outputs = check_model(bench, pruned, narrow, bench.opened(pruned, widths))
+    floats = {name: array for name, array in narrow.arrays(bench.reference).items() if array.dtype.kind == "f" and name in outputs}
+    moved = distance(floats, outputs) if floats else None
     if all(g.branch is not None for g in losing):  # a branch is one unit, which has nowhere else to go
-        return pruned, None
+        return pruned, None, moved
     feeds = narrow.arrays(bench.feeds)
     same = {g.id: np.sort(np.argsort(shuffled(g, COMMUTING))[remove[g.id]]) for g in losing}
     before = permuted(bench.arrays, losing, seed=COMMUTING)
@@ -202,8 +204,8 @@ def _pruned(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remov
     tolerance = min(MOST, max(LEAST, 5 * rounding))
     if tolerance >= MOST:  # there the next order may move the outputs by chance
         touched = {m.tensor for g in losing for m in g.members}
-        moved = jittered(some(small, touched), np.random.default_rng(3), MARGIN)
-        if (shift := distance(outputs, ready.run(feeds, moved))) > MOST:
+        stirred = jittered(some(small, touched), np.random.default_rng(3), MARGIN)
+        if (shift := distance(outputs, ready.run(feeds, stirred))) > MOST:
             raise OnnxPruneError(f"not provable: rounding alone changes the pruned model's outputs by {shift:.2g} standard deviations", 4)
     twin = bench.opened(other, Widths(grouping, same), arrays=before)
     gap = distance(moves.arrays(outputs), twin.run(moves.arrays(feeds)))
@@ -214,7 +216,7 @@ def _pruned(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remov
         raise OnnxPruneError(
             f"pruning a permuted model gives other outputs (by {gap:.2g} standard deviations, {tolerance:.2g} are rounding)", 4
         )
-    return pruned, gap
+    return pruned, gap, moved
 
 
 def _elsewhere(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remove) -> None:

@@ -88,7 +88,7 @@ def test_quiet_prints_nothing(command: Command) -> None:
 def test_verbose_lists_every_place_and_every_fixed_axis(command: Command) -> None:
     result = command("groups", MLP, "-v")
     assert "group 0: layers.0.weight, axis 0" in result.stdout
-    assert "fixed: layers.12.weight, axis 0: graph output 'logits'" in result.stdout
+    assert "fixed: layers.12.weight, axis 0: belongs to the model's output 'logits'" in result.stdout
     assert "group 0: layers.4.weight, axis 1" in command(MLP, "-r", "0.3", "-o", "out.onnx", "-v").stdout
 
 

@@ -115,7 +115,15 @@ def test_command_writes_the_report(command: Command, tmp_path: Path) -> None:
     assert made.returncode == 0, made.stderr
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
     text = re.sub(r"<[^>]*>", " ", (tmp_path / "r.html").read_text(encoding="utf-8"))
-    for words in ("Accuracy", "Latency, median", "File size", "groups permuted", "30.0% was asked", "--report r.html", onnx.__version__):
+    for words in (
+        "Accuracy",
+        "Latency, median",
+        "File size",
+        "groups put in another order",
+        "30.0% was asked",
+        "--report r.html",
+        onnx.__version__,
+    ):
         assert words in text
     assert ["ratio", "0.3"] in page.tables["options-table"]
     assert {one["id"] for one in page.data["scores"]} == {int(row[0]) for row in page.tables["groups-table"][1:]}

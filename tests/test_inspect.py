@@ -70,7 +70,7 @@ def test_weights_belong_to_the_layer_that_they_reach() -> None:
 def test_command_says_what_is_there_and_what_is_fixed(command: Command, tmp_path: Path) -> None:
     result = command("inspect", MODELS / "digits-mlp.onnx", "--json", "out.json")
     assert result.returncode == 0, result.stderr
-    for words in ("94,282 parameters", "layers.4.weight", "graph output 'logits'", "largest reduction"):
+    for words in ("94,282 parameters", "layers.4.weight", "the model's output 'logits'", "the most that can go"):
         assert words in result.stdout
     content = json.loads((tmp_path / "out.json").read_text())
     assert [(g["id"], g["units"], g["exercised"]) for g in content["groups"]] == [(0, 256, True), (1, 192, True), (2, 128, True)]

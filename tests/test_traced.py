@@ -93,11 +93,11 @@ def test_the_proof_has_a_verdict_in_words(command: Command, tmp_path: Path) -> N
     common = ["m.onnx", "-o"]
     planned = command("plan", *common, "p.json", "-r", "0.5", "--of", "channels").stdout
     assert "p.json holds the plan" in planned
-    assert "  1 group permuted" in planned
+    assert "  the group's units put in another order: the outputs stay the same" in planned
     applied = command("apply", "m.onnx", "p.json", "-o", "out.onnx").stdout
     assert "out.onnx is written" in applied
     assert "onnxprune verify m.onnx out.onnx --plan p.json" in applied
-    assert "the proof holds: the surgery leaves the original minus the removed units" in " ".join(
+    assert "the proof holds: what is left computes what the original does without the removed units" in " ".join(
         command("verify", "m.onnx", "out.onnx", "--plan", "p.json").stdout.split()
     )
     trained = onnx.load(tmp_path / "out.onnx")
@@ -114,7 +114,8 @@ def test_groups_that_inputs_do_not_exercise_are_said_with_a_way_out(command: Com
     onnx.save(model, tmp_path / "m.onnx")
     said = " ".join(command("groups", "m.onnx").stdout.split())
     assert "nothing is proven; 1 group without proof stays whole" in said
-    assert "group 0 kept whole, as these inputs do not exercise them (give inputs that do with --feeds)" in said
+    assert "group 0 (w1 and 2 more) stays whole: on these inputs nothing that is done to it changes the outputs" in said
+    assert "give real inputs with --feeds" in said
 
 
 def test_unproven_models_raise_the_code_of_bad_input_in_python() -> None:

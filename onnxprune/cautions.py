@@ -1,0 +1,84 @@
+"""What a user should know of a result before it is used, each in one plain sentence that ends with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onnxprune.api import Result
+from onnxprune.evaluation import Evaluation
+from onnxprune.fidelity import OutputFidelity
+from onnxprune.naming import group_names
+
+NEARLY_ALL = 0.85  # share of its units that a group has lost then
+UNMOVED = 1e-6  # standard deviations
+
+
+def cautions(result: Result, evaluation: Evaluation | None = None) -> list[str]:
+    """Sentences on what the samples cannot tell, on what was chosen blindly, and on where the reduction came from; often none."""
+    options = result.plan.options
+    found = [*_blind(result), *_lopsided(result), *_unmoved(result)]
+    if result.fidelity:
+        noise = options.get("calibration") == "noise"
+        where = "the made-up samples ('noise')" if noise else "the calibration samples"
+        found += cannot_tell(result.fidelity[0].outputs, where, "give --calibration real samples, such as --calibration data.npz")
+    if evaluation is not None:
+        found += cannot_tell(evaluation.outputs, "the samples of --eval", "give --eval others, as the model sees them in use")
+    return found
+
+
+def cannot_tell(outputs: Sequence[OutputFidelity], where: str, remedy: str) -> list[str]:
+    """Why samples say nothing of a pruned model: nothing changes on them, or the original does not react to them; [] where they do."""
+    if not outputs:
+        return []
+    if all(output.alike for output in outputs):
+        return [f"{where} cannot tell good models from bad: the original gives the same outputs for all of them; {remedy}"]
+    if all(output.same for output in outputs):
+        return [
+            f"{where} cannot tell the pruned model from the original: every output is the same with the removed units and without, so "
+            f"either these units never do anything or these samples do not reach them; {remedy}"
+        ]
+    return []
+
+
+def _unmoved(result: Result) -> list[str]:
+    """That the proof's inputs do not show what went, where that is so."""
+    if result.proof is None or result.proof.moved is None or result.proof.moved >= UNMOVED:
+        return []
+    made = "made-up inputs" if result.proof.seeded else "inputs"
+    return [
+        f"on the {made} of the proof every output is the same with the removed units and without: the surgery is right, but nothing was "
+        "seen of how good the pruned model is; give real inputs with --feeds inputs.npz, and samples with --eval data.npz"
+    ]
+
+
+def _blind(result: Result) -> list[str]:
+    options = result.plan.options
+    if "ratio" not in options or options.get("compensation") != "none" or options.get("calibration") is not None:
+        return []
+    return [
+        "chosen by the weights alone, and nothing makes up for what went: expect to lose accuracy; give --calibration (a few hundred "
+        "inputs, no labels, or 'noise')"
+    ]
+
+
+def _lopsided(result: Result) -> list[str]:
+    """Where all of the reduction comes from one group of several, or groups lost nearly all of their units."""
+    names = group_names(result.plan.grouping)
+    gone = {g.id: len(result.plan.remove.get(g.id, ())) for g in result.plan.groups}
+    losing = [g for g in result.plan.groups if gone[g.id]]
+    if len(losing) == 1 < len(gone):
+        [group] = losing
+        what = f"{gone[group.id]} of its {group.units} units" if group.branch is None else "it is left out"
+        return [
+            f"all of the reduction comes from one group of {len(gone)}: group {group.id} ({names[group.id]}), {what}; to spread it, "
+            "use another --allocation (uniform takes the same share of all), a higher --min-keep, or --exclude that group"
+        ]
+    emptied = sorted((g for g in losing if g.branch is None and gone[g.id] >= NEARLY_ALL * g.units), key=lambda g: 1 - gone[g.id] / g.units)
+    if not emptied:
+        return []
+    worst = emptied[0]
+    many = f", and {len(emptied) - 1} more lost {NEARLY_ALL:.0%} or more" if len(emptied) > 1 else ""
+    return [
+        f"group {worst.id} ({names[worst.id]}) keeps only {worst.units - gone[worst.id]} of {worst.units} units{many}; to leave more in "
+        "each group, use a higher --min-keep (such as 0.3) or another --allocation"
+    ]
