@@ -25,6 +25,7 @@ from typing import Any
 import accuracy_data
 import numpy as np
 from accuracy_data import SUBJECTS
+from accuracy_report import COMPENSATIONS, draw, markdown
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +33,6 @@ sys.path.insert(0, str(ROOT))
 PARTS = ("peers", "ours", "ablation", "minilm", "others")
 CIFAR = [name for name, subject in SUBJECTS.items() if subject.kind == "cifar"]
 OTHERS = [name for name, subject in SUBJECTS.items() if subject.kind == "other"]
-COMPENSATIONS = ("none", "mean", "moments", "update", "reconstruct", "refine", "distill")
 Row = dict[str, Any]
 
 
@@ -263,11 +263,9 @@ def main() -> None:
             said = row.get("failed") or f"{metric} {row[metric]:.4f} at {row['macs']:.3f} of the MACs gone, {row['seconds']:.1f} s"
             print(f"{number}/{len(todo)} {job.model} {job.ratio} {row['method']} (seed {job.seed}): {said}", file=sys.stderr, flush=True)
     if rows:
-        import accuracy_report
-
-        args.table.write_text(accuracy_report.markdown(rows, args.default, args.free))
+        args.table.write_text(markdown(rows, args.default, args.free))
         try:
-            accuracy_report.draw(rows, args.default, args.free, args.plot)
+            draw(rows, args.default, args.free, args.plot)
         except ImportError as error:
             print(f"no plot: {error}", file=sys.stderr)
 

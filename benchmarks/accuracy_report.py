@@ -14,8 +14,11 @@ Row = dict[str, Any]
 INTRODUCTION = """Top-1 accuracy on 5000 images, with 1024 unlabelled samples or none. `distill` fits all layers by gradient, `refine`
 pairs of them, everything else is in closed form; no labels, no training code. Made by
 `benchmarks/accuracy.py`; [benchmarks/README.md](../benchmarks/README.md) says how."""
+OUTPUTS = """Without and with the default's compensation; of several outputs the worst. YuNet's worst says whether there is a face, and in these
+pictures there is none: it is close to zero everywhere."""
 NAMES = ("criterion", "allocation", "compensation", "calibration")
 CIFAR = [name for name, subject in SUBJECTS.items() if subject.kind == "cifar"]
+COMPENSATIONS = ("none", "mean", "moments", "update", "reconstruct", "refine", "distill")
 OTHERS = [name for name, subject in SUBJECTS.items() if subject.kind == "other"]
 
 
@@ -122,6 +125,45 @@ def ablation(rows: list[Row], default: dict[str, str]) -> str:
     return matrix(chosen, CIFAR)
 
 
+def crossed(rows: list[Row], default: dict[str, str]) -> str:
+    """Criteria by allocations, a table for each compensation with several of both; on the model and ratio with the most of them."""
+    chosen = options(rows, calibration=default["calibration"])
+    cases = grouped(chosen, "model", "ratio")
+    if not cases:
+        return ""
+    (model, ratio), some = max(cases.items(), key=lambda case: len(case[1]))
+    parts = []
+    for compensation in dict.fromkeys(row["options"]["compensation"] for row in some):
+        found = options(some, compensation=compensation)
+        criteria, allocations = (list(dict.fromkeys(row["options"][name] for row in found)) for name in NAMES[:2])
+        if len(criteria) < 3 or len(allocations) < 3:
+            continue
+        cells = {(c, a): cell(options(found, criterion=c, allocation=a), "accuracy") for c in criteria for a in allocations}
+        body = [[f"`{c}`", *(cells[c, a] for a in allocations)] for c in criteria]
+        parts.append(f"{model}, {ratio:.0%}, compensation `{compensation}`:\n\n{table(['', *(f'`{a}`' for a in allocations)], body)}")
+    return "\n\n".join(parts)
+
+
+def one_by_one(rows: list[Row], default: dict[str, str]) -> str:
+    """The default with another criterion, and with another allocation, under each compensation."""
+    parts = []
+    for name in NAMES[:2]:
+        fixed = {k: default[k] for k in (*NAMES[:2], "calibration") if k != name}
+        found = options(rows, **fixed)
+        tried = dict.fromkeys(row["options"][name] for row in found)
+        columns = [c for c in COMPENSATIONS if len({row["options"][name] for row in options(found, compensation=c)}) > 2]
+        (model, ratio), some = max(grouped(found, "model", "ratio").items(), key=lambda case: len(case[1]))
+        body = [[f"`{t}`", *(cell(options(some, **{name: t, "compensation": c}), "accuracy") for c in columns)] for t in tried]
+        title = f"{model}, {ratio:.0%}, each {name} with the default's other names"
+        parts.append(f"{title}:\n\n{table([name, *(f'`{c}`' for c in columns)], body)}")
+    return "\n\n".join(parts)
+
+
+def featured(rows: list[Row], default: dict[str, str]) -> list[Row]:
+    """The peers, and of onnxprune what has the default's criterion and allocation."""
+    return [r for r in rows if not r["options"] or all(r["options"][name] == default[name] for name in NAMES[:2])]
+
+
 def fidelity(rows: list[Row], default: dict[str, str]) -> str:
     """The models without labels, without and with the default's compensation."""
     body = []
@@ -159,17 +201,20 @@ def markdown(rows: list[Row], names: Sequence[str], without: Sequence[str]) -> s
     if cifar:
         chosen, other = (", ".join(f"{name} `{value}`" for name, value in setting.items()) for setting in (default, free))
         parts.append(f"## At a glance\n\n{glance(cifar, default, free)}\n\nonnxprune: {chosen}; without samples: {other}.")
-        parts.append(f"## All of them\n\n{matrix(cifar, CIFAR)}\n\n![accuracy over the MACs that are gone](accuracy.svg)")
+        every = matrix(featured(cifar, default), CIFAR)
+        parts.append(f"## All of them\n\n{every}\n\n![accuracy over the MACs that are gone](accuracy.svg)")
     if any("failed" in row for row in cifar):
         parts.append(f"What fails:\n\n{failures(cifar)}")
     if any(row["options"] for row in cifar):
         parts.append(f"## What each compensation adds\n\n{ablation(cifar, default)}")
+    if many := crossed(cifar, default):
+        parts.append(f"## Criteria and allocations\n\n{many}\n\n{one_by_one(cifar, default)}")
     if minilm:
         parts.append(f"## all-MiniLM-L6-v2\n\nMean cosine of the sentence embeddings to the original's.\n\n{matrix(minilm, ['minilm'])}")
     if any("failed" in row for row in minilm):
         parts.append(f"What fails:\n\n{failures(minilm)}")
     if others:
-        parts.append(f"## The other models\n\nWithout and with the default's compensation.\n\n{fidelity(others, default)}")
+        parts.append(f"## The other models\n\n{OUTPUTS}\n\n{fidelity(others, default)}")
     if any("steps" in row for row in options(rows, **default)):
         parts.append(f"## Time and memory of each step\n\n{steps(rows, default)}")
     return "\n\n".join(parts) + "\n"
