@@ -14,8 +14,8 @@ Row = dict[str, Any]
 INTRODUCTION = """Top-1 accuracy on 5000 images, with 1024 unlabelled samples or none. `distill` fits all layers by gradient, `refine`
 pairs of them, everything else is in closed form; no labels, no training code. Made by
 `benchmarks/accuracy.py`; [benchmarks/README.md](../benchmarks/README.md) says how."""
-OUTPUTS = """Without and with the default's compensation; of several outputs the worst. YuNet's worst says whether there is a face, and in these
-pictures there is none: it is close to zero everywhere."""
+OUTPUTS = """Without and with the default's compensation; of several outputs the worst. YuNet's worst says whether there is a face; in these
+pictures is none, and it is close to zero everywhere."""
 NAMES = ("criterion", "allocation", "compensation", "calibration")
 CIFAR = [name for name, subject in SUBJECTS.items() if subject.kind == "cifar"]
 COMPENSATIONS = ("none", "mean", "moments", "update", "reconstruct", "refine", "distill")
