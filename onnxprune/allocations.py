@@ -208,12 +208,10 @@ def choose(
     free = only - set(shares)
     if losses is not None and coarse.steps:
         aim = Aim(losses, units, miss, POINT / 2)
-
-        def exchange(kept: Kept) -> Kept:
-            return exchanged(kept, free, lambda g, keep: _beside(keep, g, units[g], coarse), aim)
-
-        best = exchange(best)
-        best = min(best, exchange(bisected(only, savings(best))), key=aim.key)  # what groups save depends on how wide the others are
+        levels = {g: (units[g] - coarse.levels(g, units[g])[::-1]).tolist() for g in sorted(free & set(best))}
+        best = exchanged(best, levels, aim)
+        again = bisected(only, savings(best))  # what a group saves depends on how wide the others are
+        best = min(best, exchanged(again, levels, aim), key=aim.key)
     else:
         best = _nudge(best, units, coarse, miss, free)
     best = {g: n if g in shares else limits.end(g, units[g], n, cost.steps.get(g, 1)) for g, n in best.items()}
