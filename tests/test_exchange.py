@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ WIDTHS, STEP = (32, 144, 96, 112, 128, 16), 16
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
@@ -100,7 +101,7 @@ def test_narrow_groups_have_steps_of_their_own() -> None:
     result = onnxprune.prune(chain(widths), 0.4, of="latency", timer=Fine(16))
     assert result.on_budget
     sizes = {t.name: list(t.dims) for t in result.model.graph.initializer}
-    kept = {whole: [] for whole in widths[1:-1]} | {}
+    kept: dict[int, list[int]] = {whole: [] for whole in widths[1:-1]}
     for i, whole in enumerate(widths[1:-1], 1):
         kept[whole].append(sizes[f"w{i}"][1])
     assert min(kept[16]) < 16  # a step of 16 would leave them whole
