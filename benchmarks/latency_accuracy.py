@@ -79,7 +79,7 @@ def networks() -> dict[str, Callable[[], Any]]:
 
         blocks = [(32, 96, 32, 1), (32, 192, 64, 2), (64, 256, 64, 1), (64, 256, 64, 1), (64, 384, 128, 2), (128, 512, 128, 1)]
         made = [parts.InvertedResidual(i, wide, o, stride=stride, activation=nn.ReLU6) for i, wide, o, stride in blocks]
-        return nn.Sequential(*layer(1, 32, 3, 1), *made, *layer(128, 512, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 100))
+        return nn.Sequential(*layer(1, 32, 3, 2), *made, *layer(128, 512, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 100))
 
     return {"resnet": resnet, "mobilenet": mobilenet}
 
