@@ -108,21 +108,22 @@ def vit(share: float) -> Any:
 
 
 def bert(share: float) -> Any:
+    """As a classifier of texts, so that all tools may narrow the hidden states."""
     import transformers
 
     config = transformers.BertConfig(
         hidden_size=12 * eight(64 * share), intermediate_size=eight(3072 * share), attn_implementation="eager", return_dict=False
     )
 
-    class Body(torch.nn.Module):
+    class Classifier(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.bert = transformers.BertModel(config, add_pooling_layer=False)
+            self.bert, self.classifier = transformers.BertModel(config), torch.nn.Linear(config.hidden_size, 1000)
 
         def forward(self, input_ids: Any) -> Any:
-            return self.bert(input_ids)[0]
+            return self.classifier(self.bert(input_ids)[1])
 
-    return Body()
+    return Classifier()
 
 
 def retinanet(share: float) -> Any:

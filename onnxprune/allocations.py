@@ -18,12 +18,14 @@ import numpy as np
 from onnxprune import layouts
 from onnxprune.cost import Measure, counter
 from onnxprune.errors import OnnxPruneError
+from onnxprune.exchange import Aim, Kept, exchanged
 from onnxprune.grouping import Grouping
 from onnxprune.layouts import find
 from onnxprune.registry import Registry
 
 Scores = Mapping[int, np.ndarray]
 Allocation = Callable[[Scores, float], dict[int, float]]
+Savings = Mapping[int, np.ndarray]
 allocation: Registry[Allocation] = Registry("allocation", "onnxprune.allocations")
 
 
@@ -160,10 +162,9 @@ def choose(
     second = secondary(grouping)
     share_of = allocation.get(rule) if losses is None else None
     price = {g: _price(cost, whole, g, units[g]) for g in scores}
-    saved = {g: _savings(cost, whole, g, units[g]) for g in scores} if losses is not None else {}
     gone = dict.fromkeys(cut, 0)
 
-    def kept_at(strength: float, only: set[int]) -> dict[int, int]:
+    def kept_at(strength: float, only: set[int], saved: Savings) -> Kept:
         free = {g: s for g, s in scores.items() if g in only and g not in shares}
         if rule == "global":
             free = {g: s / price[g] if price[g] else np.full(len(s), np.inf) for g, s in free.items()}
@@ -178,26 +179,41 @@ def choose(
     def reached(kept: Mapping[int, int]) -> float:
         return 1 - cost({**kept, **gone}) / whole if whole else 0.0
 
+    def savings(beside: Kept) -> Savings:
+        return {g: _savings(cost, whole, g, units[g], beside) for g in scores} if losses is not None else {}
+
+    def bisected(only: set[int], saved: Savings) -> Kept:
+        low, high = kept_at(0.0, only, saved), kept_at(1.0, only, saved)
+        weak, strong = 0.0, 1.0
+        for _ in range(22):
+            middle = (weak + strong) / 2
+            kept = kept_at(middle, only, saved)
+            if reached(kept) < ratio:
+                weak, low = middle, kept
+            else:
+                strong, high = middle, kept
+            if low == high or abs(reached(high) - ratio) < 2e-4:
+                break
+        return _between(low, high, limits, miss)
+
+    def miss(kept: Kept) -> float:
+        return reached(kept) - ratio
+
+    saved = savings({})
     first = {g for g in scores if g not in second or losses is not None}  # what is measured says by itself which of the two to narrow
-    for only in (first, set(scores)):
-        high = kept_at(1.0, only)
-        if reached(high) >= ratio:
-            break
-    low = kept_at(0.0, only)
-    weak, strong = 0.0, 1.0
-    for _ in range(22):
-        middle = (weak + strong) / 2
-        kept = kept_at(middle, only)
-        if reached(kept) < ratio:
-            weak, low = middle, kept
-        else:
-            strong, high = middle, kept
-        if low == high or abs(reached(high) - ratio) < 2e-4:
-            break
-    best = _between(low, high, limits, lambda kept: reached(kept) - ratio)
+    only = first if reached(kept_at(1.0, first, saved)) >= ratio else set(scores)
+    best = bisected(only, saved)
     steps = {g: max(limits.step(g), cost.steps.get(g, 1) // limits.step(g) * limits.step(g)) for g in best}
     coarse = Limits(limits.floor, {g: step for g, step in steps.items() if step > 1})
-    best = _nudge(best, units, coarse, lambda kept: reached(kept) - ratio, set(only) - set(shares))
+    free = only - set(shares)
+    if losses is not None and coarse.steps:
+        aim = Aim(losses, units, miss, POINT / 2)
+        levels = {g: (units[g] - coarse.levels(g, units[g])[::-1]).tolist() for g in sorted(free & set(best))}
+        best = exchanged(best, levels, aim)
+        again = bisected(only, savings(best))  # what a group saves depends on how wide the others are
+        best = min(best, exchanged(again, levels, aim), key=aim.key)
+    else:
+        best = _nudge(best, units, coarse, miss, free)
     best = {g: n if g in shares else limits.end(g, units[g], n, cost.steps.get(g, 1)) for g, n in best.items()}
     remove = {b: np.zeros(1, np.int64) for b in cut}
     for g, keep in best.items():
@@ -214,15 +230,20 @@ def _price(cost: Measure, whole: float, group: int, units: int) -> float:
     return max(whole - cost({group: below}), 0.0) / whole / (units - below) if whole and below else 0.0
 
 
-def _savings(cost: Measure, whole: float, group: int, units: int) -> np.ndarray:
-    """The share of the budget that goes with each number of units of one group alone, (units + 1,)."""
+def _savings(cost: Measure, whole: float, group: int, units: int, beside: Kept) -> np.ndarray:
+    """The share of the budget that goes with each number of units of one group, the others being as wide as `beside`, (units + 1,)."""
+    full = cost({**beside, group: units})
+
+    def saved(keep: int) -> float:
+        return (full - cost({**beside, group: keep})) / whole if whole else 0.0
+
     step = cost.steps.get(group, 1)
     if step > 1:
         ends = np.minimum(units, -(-(units - np.arange(units + 1)) // step) * step)
         widths, place = np.unique(ends, return_inverse=True)
-        return np.array([1 - cost({group: int(n)}) / whole if whole else 0.0 for n in widths])[place]
+        return np.array([saved(int(n)) for n in widths])[place]
     at = np.unique(np.linspace(0, units, LEVELS).round().astype(int))
-    return np.interp(np.arange(units + 1), at, [1 - cost({group: units - int(n)}) / whole if whole else 0.0 for n in at])
+    return np.interp(np.arange(units + 1), at, [saved(units - int(n)) for n in at])
 
 
 def split(
@@ -266,9 +287,6 @@ def split(
         found[g] = level
         place -= int(most[g][level] / unit + 1e-9)
     return {g: found[g] for g in losses}
-
-
-Kept = dict[int, int]
 
 
 def _between(low: Kept, high: Kept, limits: Limits, miss: Callable[[Kept], float]) -> Kept:

@@ -27,6 +27,7 @@ Found = tuple[Mapping[str, Rate], Mapping[int, int], float]  # of nodes (by thei
 Progress = Callable[[str], None]
 REGULAR, TRIALS = 8, 3  # narrowed copies that are timed at widths that are multiples of much, twice; and at each level
 LEVELS = (1, 2, 4, 8, 16)  # a width of level 4 is a multiple of 4 and not of 8; such widths say whether steps are 8
+WIDTHS = 3  # levels, at least, that a group holds which is tried at one
 NARROWEST = 0.2  # share of a group that the narrowest copies keep
 STEEP = 0.5  # share of what a width would cost more on a step from which on the step is believed
 
@@ -100,7 +101,7 @@ def measured(grouping: Grouping, timer: Timer, seed: int, progress: Progress | N
     kinds = {g.id: _kind(grouping, g) for g in bench.groups}
     found: dict[str, int] = {}
     for level in sorted(LEVELS, reverse=True):
-        free = [g for g, kind in kinds.items() if kind not in found and whole[g] >= 3 * level]
+        free = [g for g, kind in kinds.items() if kind not in found and whole[g] >= WIDTHS * level]
         if free:
             first = bench.count
             bench.time([_at_level(whole, free, level, rng) for _ in range(TRIALS)])
@@ -254,7 +255,10 @@ def _predicted(fits: Sequence[Rate], amounts: np.ndarray) -> np.ndarray:
 
 
 def _kind(grouping: Grouping, group: Group) -> str:
-    """Groups of one kind are narrowed by the same kernels: the layers that hold their units, and how many places a unit has there."""
+    """Groups of one kind are narrowed by the same kernels: the layers that hold their units, and how many places a unit has there.
+
+    Groups too narrow to be tried at the coarser levels are a kind of their own, as there steps may be others.
+    """
     model, tensors = grouping.model, {m.tensor for m in group.members}
     stored = {n.output[0]: n.input[0] for n in model.main if n.op_type == "DequantizeLinear"}
 
@@ -267,7 +271,8 @@ def _kind(grouping: Grouping, group: Group) -> str:
         for node in model.main
         if len(node.input) > 1 and node.op_type != "DequantizeLinear" and weight(node) in tensors
     }
-    return f"{group.kind} {min(m.indices.shape[1] for m in group.members)} {' '.join(sorted(layers))}"
+    level = max((n for n in LEVELS if group.units >= WIDTHS * n), default=0)
+    return f"{group.kind} {min(m.indices.shape[1] for m in group.members)} {' '.join(sorted(layers))} {level}"
 
 
 def ends(units: Kept, kept: Kept, steps: Mapping[int, int]) -> dict[int, int]:
