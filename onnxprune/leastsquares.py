@@ -18,14 +18,6 @@ from onnxprune.ridge import Fit, fit
 SHRINKAGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
-def shrinkages(rows: float) -> tuple[float, ...]:
-    """The λ to choose from, the last one infinite: none below 1 / rows.
-
-    A feature that these rows hardly show, once in all of them, may be as large as any in the next, and would then cost s·‖W − W₀‖².
-    """
-    return (*(each for each in SHRINKAGES if each * rows >= 1), np.inf)
-
-
 def shrunk(seen: Moments, held: Moments, matrix: np.ndarray, bias: np.ndarray, intercept: bool = True) -> Fit:
     """The fit to all rows, with the shrinkage that does best on the held-out ones when fitted to the others.
 
@@ -33,7 +25,7 @@ def shrunk(seen: Moments, held: Moments, matrix: np.ndarray, bias: np.ndarray, i
     """
     best, error = None, held.error(matrix, bias)
     if seen.count:
-        for shrinkage in shrinkages(seen.count):
+        for shrinkage in (*SHRINKAGES, np.inf):
             missed = held.error(*fit(seen, matrix, bias, shrinkage, intercept))
             if np.isfinite(missed) and missed < error:
                 best, error = shrinkage, missed

@@ -14,7 +14,8 @@ class Moments:
     """Running sums over rows x (features) and targets y (out), a block a convolution group.
 
     count: rows; x (groups, features), y (groups, out): Σx, Σy; xx (groups, features, features): Σxxᵀ; yx (groups, out, features): Σyxᵀ;
-    yy (groups, out): Σy²; all by the weights of the rows.  All float64; a batch is multiplied in float32.
+    yy (groups, out): Σy²; all by the weights of the rows.  All float64; a batch is multiplied in
+    float32, in float64 where that would lose what varies (`far`).
     """
 
     count: float
@@ -37,7 +38,8 @@ class Moments:
 
     def add(self, rows: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> None:
         """rows (groups, n, features), targets (groups, n, out); weights (1, n, 1): how much each row counts, 1 on average."""
-        rows, targets = np.ascontiguousarray(rows, np.float32), np.ascontiguousarray(targets, np.float32)
+        exact = np.float64 if far(rows) or far(targets) else np.float32
+        rows, targets = np.ascontiguousarray(rows, exact), np.ascontiguousarray(targets, exact)
         self.count += rows.shape[1] if weights is None else float(weights.sum())
         with np.errstate(over="ignore", invalid="ignore"):  # `finite` says so
             weighted = [a if weights is None else a * weights for a in (rows, targets)]
@@ -70,6 +72,18 @@ class Moments:
         """Of x and y."""
         n = max(1, self.count)
         return self.x / n, self.y / n
+
+
+FAR = 100.0  # times its variance: the square of a mean from which on float32 is too coarse for sums of squares
+
+
+def far(values: np.ndarray) -> bool:
+    """Whether some feature hardly varies for how large it is; values (groups, n, features)."""
+    if not values.size:
+        return False
+    mean = values.mean(axis=1, dtype=np.float64)
+    square = np.einsum("gnf,gnf->gf", values, values, dtype=np.float64) / values.shape[1]
+    return bool((mean**2 > FAR * np.maximum(square - mean**2, 0)).any())
 
 
 ENOUGH = 1 / 8  # of the features: rows at which a product is no longer mostly the reading and writing of the sums

@@ -78,7 +78,7 @@ def pruned(model: ModelProto) -> tuple[Plan, ModelProto]:
 
 
 def test_the_fit_is_weighted_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leastsquares, "shrinkages", lambda rows: (1e-12,))
+    monkeypatch.setattr(leastsquares, "SHRINKAGES", (1e-12,))
     plan, small = pruned(model_of(FUSED))
     feeds = samples(large=10.0)
     whole, _ = reconstruct(plan, small, lambda: iter(feeds))

@@ -63,7 +63,7 @@ CASES = [(op, ways, bias) for op in GATES for ways in (1, 2) for bias in (True, 
 
 @pytest.mark.parametrize(("op", "ways", "bias"), CASES)
 def test_input_weights_are_the_least_squares_solution(op: str, ways: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leastsquares, "shrinkages", lambda rows: (1e-9,))
+    monkeypatch.setattr(leastsquares, "SHRINKAGES", (1e-9,))
     model, feeds = made(op, ways, bias), batches()
     found = group(load(model))
     plan = Plan(found, {inputs(found).id: np.array([0, 4]), next(g for g in found.groups if g.units == HIDDEN).id: np.array([2])})
