@@ -12,7 +12,7 @@ from typing import Any
 from onnxprune.errors import OnnxPruneError
 from onnxprune.writing import write_text
 
-FORMAT = 1
+FORMAT = 2  # one more where what is measured, or how, is no longer the same
 
 
 def folder() -> Path:
