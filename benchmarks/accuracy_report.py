@@ -126,36 +126,31 @@ def ablation(rows: list[Row], default: dict[str, str]) -> str:
 
 
 def crossed(rows: list[Row], default: dict[str, str]) -> str:
-    """Criteria by allocations, a table for each compensation with several of both; on the model and ratio with the most of them."""
-    chosen = options(rows, calibration=default["calibration"])
-    cases = grouped(chosen, "model", "ratio")
+    """Criteria by allocations, a table for each compensation with several of both; under the others one name away from the default.
+
+    On the model and ratio with the most of them.
+    """
+    cases = grouped(options(rows, calibration=default["calibration"]), "model", "ratio")
     if not cases:
         return ""
     (model, ratio), some = max(cases.items(), key=lambda case: len(case[1]))
-    parts = []
-    for compensation in dict.fromkeys(row["options"]["compensation"] for row in some):
+    parts, single = [f"{model}, {ratio:.0%} of the MACs gone."], []
+    for compensation in COMPENSATIONS:
         found = options(some, compensation=compensation)
         criteria, allocations = (list(dict.fromkeys(row["options"][name] for row in found)) for name in NAMES[:2])
-        if len(criteria) < 3 or len(allocations) < 3:
+        if sum(len(options(found, allocation=name)) > 2 for name in allocations) < 3:
+            single.append(compensation)
             continue
         cells = {(c, a): cell(options(found, criterion=c, allocation=a), "accuracy") for c in criteria for a in allocations}
         body = [[f"`{c}`", *(cells[c, a] for a in allocations)] for c in criteria]
-        parts.append(f"{model}, {ratio:.0%}, compensation `{compensation}`:\n\n{table(['', *(f'`{a}`' for a in allocations)], body)}")
-    return "\n\n".join(parts)
-
-
-def one_by_one(rows: list[Row], default: dict[str, str]) -> str:
-    """The default with another criterion, and with another allocation, under each compensation."""
-    parts = []
-    for name in NAMES[:2]:
-        fixed = {k: default[k] for k in (*NAMES[:2], "calibration") if k != name}
-        found = options(rows, **fixed)
-        tried = dict.fromkeys(row["options"][name] for row in found)
-        columns = [c for c in COMPENSATIONS if len({row["options"][name] for row in options(found, compensation=c)}) > 2]
-        (model, ratio), some = max(grouped(found, "model", "ratio").items(), key=lambda case: len(case[1]))
-        body = [[f"`{t}`", *(cell(options(some, **{name: t, "compensation": c}), "accuracy") for c in columns)] for t in tried]
-        title = f"{model}, {ratio:.0%}, each {name} with the default's other names"
-        parts.append(f"{title}:\n\n{table([name, *(f'`{c}`' for c in columns)], body)}")
+        parts.append(f"Compensation `{compensation}`:\n\n{table(['', *(f'`{a}`' for a in allocations)], body)}")
+    for name, other in (NAMES[:2], NAMES[1::-1]):
+        found = options(some, **{other: default[other]})
+        columns = [c for c in single if len(options(found, compensation=c)) > 2]
+        tried = dict.fromkeys(row["options"][name] for row in found if row["options"]["compensation"] in columns)
+        body = [[f"`{t}`", *(cell(options(found, **{name: t, "compensation": c}), "accuracy") for c in columns)] for t in tried]
+        if columns:
+            parts.append(f"Each {name}, {other} `{default[other]}`:\n\n{table(['', *(f'`{c}`' for c in columns)], body)}")
     return "\n\n".join(parts)
 
 
@@ -208,7 +203,7 @@ def markdown(rows: list[Row], names: Sequence[str], without: Sequence[str]) -> s
     if any(row["options"] for row in cifar):
         parts.append(f"## What each compensation adds\n\n{ablation(cifar, default)}")
     if many := crossed(cifar, default):
-        parts.append(f"## Criteria and allocations\n\n{many}\n\n{one_by_one(cifar, default)}")
+        parts.append(f"## Criteria and allocations\n\n{many}")
     if minilm:
         parts.append(f"## all-MiniLM-L6-v2\n\nMean cosine of the sentence embeddings to the original's.\n\n{matrix(minilm, ['minilm'])}")
     if any("failed" in row for row in minilm):
