@@ -146,7 +146,7 @@ def crossed(rows: list[Row], default: dict[str, str]) -> str:
         parts.append(f"Compensation `{compensation}`:\n\n{table(['', *(f'`{a}`' for a in allocations)], body)}")
     for name, other in (NAMES[:2], NAMES[1::-1]):
         found = options(some, **{other: default[other]})
-        columns = [c for c in single if len(options(found, compensation=c)) > 2]
+        columns = [c for c in single if len({row["options"][name] for row in options(found, compensation=c)}) > 2]
         tried = dict.fromkeys(row["options"][name] for row in found if row["options"]["compensation"] in columns)
         body = [[f"`{t}`", *(cell(options(found, **{name: t, "compensation": c}), "accuracy") for c in columns)] for t in tried]
         if columns:
@@ -182,7 +182,7 @@ def steps(rows: list[Row], default: dict[str, str]) -> str:
     for (model,), some in grouped([r for r in options(rows, **default) if "steps" in r], "model").items():
         row = max(some, key=lambda r: (r["ratio"], -r["seed"]))
         body += [
-            [model if i == 0 else "", name, f"{s:.1f}", f"{size}"] for i, (name, s, size) in enumerate(row["steps"]) if s >= 0.05 or i == 0
+            [model if i == 0 else "", name, f"{s:.1f}", f"{size}"] for i, (name, s, size) in enumerate(row["steps"]) if s >= 0.5 or i == 0
         ]
     return table(["model", "step", "s", "MiB"], body, left=2)
 
