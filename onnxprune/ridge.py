@@ -8,6 +8,8 @@ import numpy as np
 
 from onnxprune.moments import Moments
 
+CONSTANT = 1e-8  # of the mean square: a variance below it is rounding, and what is as good as constant is not fitted to
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -29,6 +31,7 @@ def fit(moments: Moments, matrix: np.ndarray, bias: np.ndarray, shrinkage: float
         return matrix, y - np.einsum("gof,gf->go", matrix, x)
     n = max(1, moments.count)
     xx, yx = moments.xx / n, moments.yx / n
+    size = np.einsum("gff->gf", xx).mean(axis=1)
     if intercept:
         x, y = moments.means()
         xx = xx - x[:, :, None] * x[:, None, :]
@@ -36,7 +39,8 @@ def fit(moments: Moments, matrix: np.ndarray, bias: np.ndarray, shrinkage: float
     else:
         yx = yx - bias[:, :, None] * (moments.x / n)[:, None, :]
     diagonal = np.einsum("gff->gf", xx)
-    pull = shrinkage * np.maximum(diagonal.mean(axis=1), 1e-30)[:, None, None]
+    varies = np.maximum(diagonal.mean(axis=1), CONSTANT * size)
+    pull = shrinkage * np.maximum(varies, 1e-30)[:, None, None]
     solved = np.linalg.solve(xx + pull * np.eye(xx.shape[1]), (yx + pull * matrix).transpose(0, 2, 1)).transpose(0, 2, 1)
     if intercept:
         bias = y - np.einsum("gof,gf->go", solved, x)
