@@ -45,8 +45,7 @@ class _Problem:
 
     def __init__(self, reading: Reading) -> None:
         sigma = reading.covariance
-        damping = DAMPING * np.maximum(np.einsum("gff->gf", sigma).mean(axis=1), 1e-20)
-        self.inverse = np.linalg.inv(sigma + damping[:, None, None] * np.eye(sigma.shape[1]))
+        self.inverse = np.linalg.inv(sigma + DAMPING * reading.spread[:, None, None] * np.eye(sigma.shape[1]))
         self.matrix = reading.matrix.copy()
         self.features = reading.features
         self.power = max(reading.power, 1e-20)

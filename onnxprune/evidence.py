@@ -20,6 +20,7 @@ from onnxprune.linear import CONVOLUTIONS, Geometry, Linear, geometry, linears
 from onnxprune.moments import Gathering, Moments
 from onnxprune.products import Terms, gathered
 from onnxprune.recurrences import recurrences, spelled_out
+from onnxprune.ridge import CONSTANT
 from onnxprune.running import Arrays
 
 Batches = Callable[[], Iterable[Arrays]]
@@ -45,6 +46,12 @@ class Reading:
     covariance: np.ndarray
     power: float
     magnitude: np.ndarray = field(default_factory=lambda: np.zeros((1, 1)))
+
+    @property
+    def spread(self) -> np.ndarray:
+        """(groups,): the mean variance of a feature, at least what rounding makes of constants."""
+        varies = np.einsum("gff->gf", self.covariance).mean(axis=1)
+        return np.asarray(np.maximum(np.maximum(varies, CONSTANT * np.square(self.rms).mean(axis=1)), 1e-20))
 
 
 @dataclass(frozen=True)

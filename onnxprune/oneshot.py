@@ -51,7 +51,7 @@ def _update(proto: ModelProto, widths: Widths, seat: Seat, weight: np.ndarray, r
     matrix = sliced
     if weights:
         sigma = reading.covariance
-        damping = DAMPING * np.maximum(np.einsum("gff->gf", sigma).mean(axis=1), 1e-20)[:, None, None]
+        damping = DAMPING * reading.spread[:, None, None]
         left = sigma[:, kept][:, :, kept] + damping * np.eye(int(kept.sum()))
         cross = whole @ sigma[:, :, kept] + damping * sliced
         matrix = np.linalg.solve(left, cross.transpose(0, 2, 1)).transpose(0, 2, 1)
