@@ -14,8 +14,8 @@ class Moments:
     """Running sums over rows x (features) and targets y (out), a block a convolution group.
 
     count: rows; x (groups, features), y (groups, out): Σx, Σy; xx (groups, features, features): Σxxᵀ; yx (groups, out, features): Σyxᵀ;
-    yy (groups, out): Σy²; all by the weights of the rows.  All float64; a batch is multiplied in
-    float32, in float64 where that would lose what varies (`far`).
+    yy (groups, out): Σy²; all by the weights of the rows.  All float64; a batch is multiplied in float32, or in float64 where
+    float32 would lose what varies (`far`).
     """
 
     count: float
@@ -81,9 +81,10 @@ def far(values: np.ndarray) -> bool:
     """Whether some feature hardly varies for how large it is; values (groups, n, features)."""
     if not values.size:
         return False
-    mean = values.mean(axis=1, dtype=np.float64)
-    square = np.einsum("gnf,gnf->gf", values, values, dtype=np.float64) / values.shape[1]
-    return bool((mean**2 > FAR * np.maximum(square - mean**2, 0)).any())
+    with np.errstate(over="ignore", invalid="ignore"):  # `finite` says so
+        mean = values.mean(axis=1, dtype=np.float64)
+        square = np.einsum("gnf,gnf->gf", values, values, dtype=np.float64) / values.shape[1]
+        return bool((mean**2 > FAR * np.maximum(square - mean**2, 0)).any())
 
 
 ENOUGH = 1 / 8  # of the features: rows at which a product is no longer mostly the reading and writing of the sums
@@ -127,7 +128,8 @@ class Observed:
     """What was seen of one layer: sums over the rows to fit to (`seen`) and over those to choose by (`held`).
 
     bounds: what an activation behind the layer lets through; then some rows are kept as they are, in `window`.  normed: a norm reads
-    what is wanted, so that rows count by their `emphasis`.
+    what is wanted, so that rows count by their `emphasis`.  gathering: {whether held: rows that
+    are not in the sums yet}, until `done`.
     """
 
     seen: Moments
