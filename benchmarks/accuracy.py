@@ -107,8 +107,9 @@ def child(job: Job, folder: Path) -> list[Row]:
     import onnxprune
 
     names: dict[str, Any] = dict(job.options)
-    if names["calibration"] == "data":
-        names["calibration"] = str(calibration)
+    kind, _, count = names["calibration"].partition(":")
+    if kind == "data":
+        names["calibration"] = first(calibration, int(count)) if count else str(calibration)
     names["feeds"] = accuracy_data.feeds(job.model)
     steps: list[Step] = []
     start = time.perf_counter()
@@ -118,6 +119,12 @@ def child(job: Job, folder: Path) -> list[Row]:
     largest = max(size for _, _, size in steps)
     row = {"method": job.method, "seconds": time.perf_counter() - start, "mib": largest, "steps": took(steps)}
     return [row | measured(job, result.model, folder)]
+
+
+def first(path: Path, count: int) -> dict[str, np.ndarray]:
+    """The first samples of a file of arrays."""
+    with np.load(path) as content:
+        return {name: content[name][:count] for name in content.files}
 
 
 Step = tuple[str, float, float]
@@ -225,7 +232,7 @@ def main() -> None:
     parser.add_argument("--criteria", nargs="+", default=["l1", "l2"])
     parser.add_argument("--allocations", nargs="+", default=["uniform", "global"])
     parser.add_argument("--compensations", nargs="+", default=list(COMPENSATIONS))
-    parser.add_argument("--calibrations", nargs="+", default=["data"], help="data, none or noise")
+    parser.add_argument("--calibrations", nargs="+", default=["data"], help="data, data:256 (of its first samples), none or noise")
     parser.add_argument(
         "--default",
         nargs=4,
