@@ -125,6 +125,11 @@ def ablation(rows: list[Row], default: dict[str, str]) -> str:
     return matrix(chosen, CIFAR)
 
 
+def few(row: Row) -> bool:
+    """Of onnxprune, with the first of the samples alone."""
+    return bool(row["options"]) and ":" in row["options"]["calibration"]
+
+
 def crossed(rows: list[Row], default: dict[str, str]) -> str:
     """Criteria by allocations, a table for each compensation with several of both; under the others one name away from the default.
 
@@ -187,9 +192,29 @@ def steps(rows: list[Row], default: dict[str, str]) -> str:
     return table(["model", "step", "s", "MiB"], body, left=2)
 
 
+def cube(rows: list[Row], default: dict[str, str]) -> str:
+    """Every criterion by every allocation by every compensation, which are run on the first samples alone; first what wins."""
+    body = []
+    for compensation in dict.fromkeys((*COMPENSATIONS, *(row["options"]["compensation"] for row in rows))):
+        found = [row for row in options(rows, compensation=compensation) if "accuracy" in row]
+        if not found:
+            continue
+        ranked = sorted(found, key=lambda row: -row["accuracy"])
+        own = options(found, criterion=default["criterion"], allocation=default["allocation"])
+        first, *_, last = ranked
+        values = [
+            f"{100 * row['accuracy']:.1f} (`{row['options']['criterion']}`, `{row['options']['allocation']}`)" for row in (first, last)
+        ]
+        middle = 100 * statistics.median(row["accuracy"] for row in found)
+        body.append([f"`{compensation}`", f"{len(found)}", values[0], cell(own, "accuracy"), f"{middle:.1f}", values[1]])
+    pair = f"`{default['criterion']}`, `{default['allocation']}`"
+    return table(["compensation", "pairs", "best", pair, "median", "worst"], body)
+
+
 def markdown(rows: list[Row], names: Sequence[str], without: Sequence[str]) -> str:
     """The whole page; names and without: the settings that stand for onnxprune with and without samples."""
     default, free = (dict(zip(NAMES, values, strict=True)) for values in (names, without))
+    partial, rows = ([row for row in rows if few(row) is wanted] for wanted in (True, False))
     cifar, minilm = ([row for row in rows if row["model"] in models] for models in (CIFAR, ["minilm"]))
     others = [row for row in rows if row["model"] in OTHERS]
     parts = [f"# Accuracy without labels\n\n{INTRODUCTION}"]
@@ -204,6 +229,10 @@ def markdown(rows: list[Row], names: Sequence[str], without: Sequence[str]) -> s
         parts.append(f"## What each compensation adds\n\n{ablation(cifar, default)}")
     if many := crossed(cifar, default):
         parts.append(f"## Criteria and allocations\n\n{many}")
+    for calibration in dict.fromkeys(row["options"]["calibration"] for row in partial):
+        some, count = options(partial, calibration=calibration), calibration.partition(":")[2]
+        tables = crossed(some, default | {"calibration": calibration})
+        parts.append(f"## Every criterion, allocation and compensation, {count} samples\n\n{cube(some, default)}\n\n{tables}")
     if minilm:
         parts.append(f"## all-MiniLM-L6-v2\n\nMean cosine of the sentence embeddings to the original's.\n\n{matrix(minilm, ['minilm'])}")
     if any("failed" in row for row in minilm):
@@ -235,6 +264,7 @@ def draw(rows: list[Row], names: Sequence[str], without: Sequence[str], path: Pa
 
     plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "onnxprune", "font.size": 9, "savefig.facecolor": "white"}
     default, free = (dict(zip(NAMES, values, strict=True)) for values in (names, without))
+    rows = [row for row in rows if not few(row)]
     models = [m for m in CIFAR if any(row["model"] == m for row in rows)]
     figure, panels = plt.subplots(1, max(len(models), 1), figsize=(8.4, 3.6), layout="constrained", sharey=True, squeeze=False)
     for panel, model in zip(panels[0], models, strict=False):

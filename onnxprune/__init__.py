@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from onnxprune.allocations import allocation
-    from onnxprune.api import Result, apply, groups, plan, prune, verify
+    from onnxprune.api import apply, groups, plan, prune, verify
     from onnxprune.criteria import criterion
     from onnxprune.dependencies import dependency_graph
     from onnxprune.errors import OnnxPruneError
@@ -17,16 +17,18 @@ if TYPE_CHECKING:
     from onnxprune.htmlreport import html_report
     from onnxprune.inspection import Inspection, inspect
     from onnxprune.relations import rule
+    from onnxprune.result import Result
     from onnxprune.sensitivities import Sensitivity, sensitivity
     from onnxprune.sweeping import Sweep, sweep
 
 _HOMES = {
-    **dict.fromkeys(("Result", "apply", "groups", "plan", "prune", "verify"), "onnxprune.api"),
+    **dict.fromkeys(("apply", "groups", "plan", "prune", "verify"), "onnxprune.api"),
     **dict.fromkeys(("HandOff", "keep_indices", "slice_state"), "onnxprune.handoff"),
     **dict.fromkeys(("Inspection", "inspect"), "onnxprune.inspection"),
     **dict.fromkeys(("Sensitivity", "sensitivity"), "onnxprune.sensitivities"),
     **dict.fromkeys(("Sweep", "sweep"), "onnxprune.sweeping"),
     "OnnxPruneError": "onnxprune.errors",
+    "Result": "onnxprune.result",
     "allocation": "onnxprune.allocations",
     "criterion": "onnxprune.criteria",
     "dependency_graph": "onnxprune.dependencies",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,44 +15,33 @@ from onnxprune.allocations import (
     LATENCY,
     MEASURED,
     Choice,
-    Limits,
     check_allocation,
     check_budget,
     check_ratio,
-    choose,
-    nearest,
 )
 from onnxprune.branches import with_branches
 from onnxprune.calibration import read_calibration
-from onnxprune.certificate import Bench, Proof, certify, prepare, runner
+from onnxprune.certificate import Bench, Proof, certify, runner
+from onnxprune.choosing import Left, chosen_for, first_right, landed, lost_without
 from onnxprune.compensation import TURNING, check_compensation
-from onnxprune.compensation import compensation as compensations
-from onnxprune.cost import Cuts, Measure, counter
 from onnxprune.criteria import criterion as criteria
-from onnxprune.depth import Blocks, at_granularity, check_granularity, mixed
-from onnxprune.equivalence import influences
-from onnxprune.errors import OnnxPruneError, ProofError
+from onnxprune.depth import at_granularity, check_granularity
+from onnxprune.errors import OnnxPruneError
 from onnxprune.external import AT_ONCE, IN_MEMORY
-from onnxprune.fidelity import Fidelity, fidelity
+from onnxprune.finishing import compensated, finish, for_target, stored_as, timed
 from onnxprune.ground import Ground, lay
-from onnxprune.grouping import Grouping, group, without
+from onnxprune.grouping import Grouping, group
 from onnxprune.importer import File, Model, load, read
-from onnxprune.latency import land, learned, met
-from onnxprune.moves import Moves
+from onnxprune.latency import learned
 from onnxprune.plans import Plan, match, read_plan
-from onnxprune.quantized import Stored, requantized
-from onnxprune.reconstruction import Refit
-from onnxprune.rewriter import Widths, rewrite
+from onnxprune.result import Result
 from onnxprune.selection import PCA, Losses, Scores, check_criterion, in_steps, select
 from onnxprune.shapes import seeded_feeds
 from onnxprune.sizing import check_sized, guessed, sized, tell_guessed
 from onnxprune.stopwatch import Stopwatch, Timer, check_device
 from onnxprune.study import Study
-from onnxprune.tensorrt import Support, check_introduced
-from onnxprune.tensorrt import check as supported
 from onnxprune.tiles import Align, check_align
-from onnxprune.verification import check_model, compare, prove_surgery
-from onnxprune.writing import write_model
+from onnxprune.verification import check_model, compare
 
 Source = str | os.PathLike[str] | ModelProto
 Arrays = Mapping[str, np.ndarray]
@@ -61,62 +50,6 @@ Progress = Callable[[str], None]
 Calibration = str | os.PathLike[str] | Arrays | Callable[[], Any]
 FEW = 256  # samples on which the result is compared with the original
 ROUNDS = 4  # of planning without the groups whose removal fails the proof
-
-
-@dataclass(frozen=True)
-class Result:
-    """A pruned model, the plan that made it, its proof (None without verification), and its costs before and after.
-
-    refits: the layers that compensation fitted anew; fidelity: how near the outputs on calibration samples stay to the original's,
-    without compensation and with it.  support: what TensorRT does not take of the original, where that is the target.
-    scores, losses: {group id: (units,)} and, of allocations that measure, what the outputs lose at each number of units removed,
-    {group id: (units + 1,)}: what the units were chosen by.
-    macs, parameters: (before, after); reached: share of the budget that went; on_budget: within a point of what was asked, a latency
-    within five percent; latency: seconds (before, after), where that was the budget.
-    model: where weights were left in other files, as they exceed `memory`, those of the result have no values in it: `save` it.
-    """
-
-    model: ModelProto = field(repr=False)
-    plan: Plan = field(repr=False)
-    proof: Proof | None
-    macs: tuple[int, int]
-    parameters: tuple[int, int]
-    reached: float
-    on_budget: bool
-    refits: tuple[Refit, ...] = field(default=(), repr=False)
-    fidelity: tuple[Fidelity, Fidelity] | None = field(default=None, repr=False)
-    scores: Mapping[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
-    losses: Mapping[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
-    support: Support | None = field(default=None, repr=False)
-    latency: tuple[float, float] | None = None
-
-    def save(self, path: str | os.PathLike[str], *, shard_size: int | None = None, progress: Progress | None = None) -> None:
-        """Write the model, whole or not at all; weights go to PATH.data where the original's stand in other files, or over 2 GiB.
-
-        shard_size: bytes of each data file at most (PATH-00001-of-00004.data, …).  Raises OnnxPruneError where the disk does not take it.
-        """
-        original, widths = self.plan.grouping.model, Widths(self.plan.grouping, self.plan.remove)
-
-        def pieces(name: str) -> Iterator[np.ndarray]:
-            place = original.external.places[name]
-            return place.rows(widths.masks(name, len(place.shape)))
-
-        files = original.external.files
-        write_model(self.model, path, pieces=pieces, external=bool(files), shard_size=shard_size, inputs=files, progress=progress)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "macs": list(self.macs),
-            "parameters": list(self.parameters),
-            "latency": list(self.latency) if self.latency else None,
-            "reached": self.reached,
-            "on_budget": self.on_budget,
-            "options": dict(self.plan.options),
-            "proof": self.proof.to_json() if self.proof else None,
-            "refits": [refit.to_json() for refit in self.refits],
-            "fidelity": [found.to_json() for found in self.fidelity] if self.fidelity else None,
-            "support": self.support.to_json() if self.support else None,
-        }
 
 
 def groups(
@@ -246,11 +179,11 @@ def prune(
     budget = ground.measure(learned(ground.named, clock, seed, progress)) if clock else of
 
     def widths(scores: Scores, rule: str, losses: Losses, share: float) -> Choice:
-        return _choice(None, ground.grouping, scores, {}, ratio * share, budget, rule, limits, shares, losses)
+        return chosen_for(None, ground.grouping, scores, {}, ratio * share, budget, rule, limits, shares, losses)
 
     selection = select(ground.grouping, chosen, criterion, allocation, seed, ground.study, widths)
     selection = in_steps(selection, ground.grouping, seed, ground.study, compensation, widths, steps)
-    lost, bench = _lost_without(ground, chosen, criterion, feeds, seed)
+    lost, bench = lost_without(ground, chosen, criterion, feeds, seed)
     options = {
         "ratio": ratio,
         "of": of,
@@ -275,24 +208,24 @@ def prune(
     if clock:
         options["device"] = dict(clock.device)
 
-    def choice_of(left: _Left) -> Choice:
+    def choice_of(left: Left) -> Choice:
         def removing(share: float) -> Choice:
             rule, losses = selection.allocation, selection.losses
-            return _choice(bench, left.grouping, left.scores, left.lost, share, budget, rule, limits, left.shares, losses)
+            return chosen_for(bench, left.grouping, left.scores, left.lost, share, budget, rule, limits, left.shares, losses)
 
-        return _landed(removing, ratio, loaded, left.grouping, ground, clock, progress) if clock else removing(ratio)
+        return landed(removing, ratio, loaded, left.grouping, ground, clock, progress) if clock else removing(ratio)
 
-    def made_by(choice: Choice, left: _Left) -> Result:
+    def made_by(choice: Choice, left: Left) -> Result:
         made = Plan(left.grouping, choice.remove, options, choice.reached)
-        result = _finish(made, left.proof, bench, abs(choice.reached - ratio) <= 0.01, progress)
+        result = finish(made, left.proof, bench, abs(choice.reached - ratio) <= 0.01, progress)
         result = replace(result, scores=left.scores, losses=selection.losses or {})
-        result = _compensated(result, ground.study, compensation, bench)
+        result = compensated(result, ground.study, compensation, bench)
         if ground.stored is not None:
-            result = _stored(result, ground.stored, ground.study)
-        result = _for_target(result, loaded, target)
-        return _timed(result, loaded, ratio, clock, progress) if clock else result
+            result = stored_as(result, ground.stored, ground.study)
+        result = for_target(result, loaded, target)
+        return timed(result, loaded, ratio, clock, progress) if clock else result
 
-    result = _first_right(_Left(ground.grouping, ground.proof, selection.scores, lost, shares), choice_of, made_by, progress)
+    result = first_right(Left(ground.grouping, ground.proof, selection.scores, lost, shares), choice_of, made_by, progress)
     if result is not None:
         return result
     if not selection.scores:
@@ -402,7 +335,7 @@ def _apply(
                 4,
             )
         made = replace(made, grouping=grouping)
-    return _finish(made, proof, bench, True, progress), bench
+    return finish(made, proof, bench, True, progress), bench
 
 
 def _load(model: Source, feeds: Arrays | None, input_shapes: Shapes | None, progress: Progress | None, memory: int | None) -> Model:
@@ -445,127 +378,10 @@ def certified(
     return certify(grouping, feeds, seed, progress=progress)
 
 
-@dataclass(frozen=True)
-class _Left:
-    """What there is to choose from: groups and their proof, the scores of their units, what is lost without each branch, given shares."""
-
-    grouping: Grouping
-    proof: Proof | None
-    scores: Scores
-    lost: Mapping[int, float]
-    shares: Mapping[int, float]
-
-    def without(self, wrong: Mapping[int, str]) -> _Left:
-        """Without the groups whose removal fails the proof."""
-        proof = self.proof
-        if proof is not None:
-            proven, unchecked = (tuple(i for i in ids if i not in wrong) for ids in (proof.proven, proof.unchecked))
-            proof = replace(proof, frozen={**proof.frozen, **wrong}, proven=proven, unchecked=unchecked)
-        scores = {i: units for i, units in self.scores.items() if i not in wrong}
-        lost, shares = ({i: n for i, n in named.items() if i not in wrong} for named in (self.lost, self.shares))
-        return _Left(without(self.grouping, wrong), proof, scores, lost, shares)
-
-
-def _first_right(
-    left: _Left, choice_of: Callable[[_Left], Choice], made_by: Callable[[Choice, _Left], Result], progress: Progress | None
-) -> Result | None:
-    """The first result that passes its proof, planned again without the groups that fail it; None where nothing can go.
-
-    Raises ProofError where none does.
-    """
-    failure: ProofError | None = None
-    for _ in range(ROUNDS):
-        choice = choice_of(left)
-        if not choice.remove:
-            break
-        try:
-            return made_by(choice, left)
-        except ProofError as error:
-            failure = error
-        _say(progress, f"planning again without {len(failure.groups)} groups")
-        left = left.without(failure.groups)
-        if not left.scores and not left.lost:
-            break
-    if failure is not None:
-        raise failure
-    return None
-
-
-def _lost_without(
-    ground: Ground, chosen: Collection[int], criterion: str, feeds: Arrays | None, seed: int
-) -> tuple[dict[int, float], Bench | None]:
-    """How much the outputs change without each of the chosen residual branches, and what they were run on, if they were."""
-    branches = [g for g in ground.grouping.groups if g.id in chosen and g.branch is not None]
-    if not branches:
-        return {}, ground.bench
-    _say(ground.study.progress, f"choosing among {len(branches)} branches")
-    bench = ground.bench or prepare(ground.grouping, feeds, seed)
-    lost = {b.id: ground.proof.influence[b.id] for b in branches if b.id in ground.proof.influence} if ground.proof else {}
-    lost |= influences(bench, [b for b in branches if b.id not in lost])
-    if criterion == "random":
-        lost = {b.id: float(np.random.default_rng([seed, b.id]).random()) for b in branches}
-    return lost, bench
-
-
-def _choice(
-    bench: Bench | None,
-    grouping: Grouping,
-    scores: Mapping[int, np.ndarray],
-    lost: Mapping[int, float],
-    ratio: float,
-    of: str | Measure,
-    rule: str,
-    limits: Sequence[Limits],
-    shares: Mapping[int, float],
-    losses: Losses = None,
-) -> Choice:
-    """Units to remove for a budget, by the `scores` of width groups and what the outputs have `lost` without each branch."""
-
-    def widths(cut: Sequence[int] = ()) -> Choice:
-        dead = Cuts(grouping).dead(cut)
-        alive = {g.id for g in grouping.groups if not dead or any(m.tensor not in dead for m in g.members)}
-        left = {g: s for g, s in scores.items() if g in alive}
-        given = {g: shares[g] for g in left if g in shares}
-        return nearest((choose(grouping, left, ratio, of, rule, limit, given, cut, losses) for limit in limits), ratio)
-
-    if not lost or bench is None:
-        return widths()
-    blocks = Blocks(grouping, lost, of, shares)
-    return mixed(bench, grouping, ratio, blocks.prefixes(ratio), widths) if scores else blocks.closest(ratio)
-
-
 def _timed_on(model: Model, feeds: Arrays | None) -> Arrays:
     """The feeds, or seeded ones at the model's sizes, in the types of its inputs."""
     given = seeded_feeds(model.proto, model.input_shapes)
     return {name: np.asarray(feeds[name]).astype(array.dtype) for name, array in given.items()} if feeds is not None else given
-
-
-def _landed(
-    removing: Callable[[float], Choice],
-    ratio: float,
-    loaded: Model,
-    grouping: Grouping,
-    ground: Ground,
-    timer: Timer,
-    progress: Progress | None,
-) -> Choice:
-    """The choice whose measured latency is nearest to what is asked."""
-
-    def made(choice: Choice) -> ModelProto:
-        stored = ground.stored
-        if stored is not None:  # kernels of integers are timed, as in the original
-            return rewrite(stored.grouping, {stored.numbers[i]: units for i, units in choice.remove.items()})
-        return ground.study.finish(rewrite(grouping, choice.remove))
-
-    found = land(loaded.proto, ratio, removing, made, timer, progress)
-    return replace(found.choice, reached=1 - found.seconds[1] / found.seconds[0]) if found else Choice({}, 0.0)
-
-
-def _timed(result: Result, loaded: Model, ratio: float, timer: Timer, progress: Progress | None) -> Result:
-    """The result with the latency of what it is in the end."""
-    _say(progress, "timing the result")
-    before, after = timer.latencies([loaded.proto, result.model])
-    return replace(result, latency=(before, after), reached=1 - after / before, on_budget=met((before, after), ratio))
 
 
 def _some(grouping: Grouping) -> None:
@@ -583,70 +399,3 @@ def why_not(grouping: Grouping) -> str:
             "versions of their domains do not agree; export it without functions"
         )
     return "; ".join(reasons) or "it has no weights"
-
-
-def _compensated(result: Result, study: Study, name: str, bench: Bench | None) -> Result:
-    """The result finished, and with its weights compensated where that is asked for; checked again where numbers are new."""
-    cut, result = result.model, replace(result, model=study.finish(result.model))
-    model, refits = result.model, list[Refit]()
-    if name != "none":
-        model, refits = compensations.get(name)(study.on(result.plan.grouping), result.plan, result.model)
-    if bench is not None and (name != "none" or model is not cut):
-        check_model(bench, model, Moves(result.plan.grouping, after=result.plan.remove))
-    if name == "none" or not study.samples.count:
-        return replace(result, model=model)
-    _say(study.progress, "comparing with the original")
-    original = result.plan.grouping.model.proto
-    found = fidelity(original, [result.model, model], study.part(FEW))
-    return replace(result, model=model, refits=tuple(refits), fidelity=(found[0], found[1]))
-
-
-def _stored(result: Result, stored: Stored, study: Study) -> Result:
-    """What was done to a copy in floats done to the file itself, proven on it, and quantized again.
-
-    Raises ProofError with the groups of the copy.
-    """
-    options, numbers = result.plan.options, stored.numbers
-    remove = {numbers[i]: units for i, units in result.plan.remove.items()}
-    made = Plan(stored.grouping, remove, options, result.reached)
-    try:
-        cut = _finish(made, stored.proof, stored.bench, result.on_budget, study.progress)
-    except ProofError as error:
-        raise ProofError(str(error), {i: error.groups[own] for i, own in numbers.items() if own in error.groups}) from error
-    original = stored.grouping.model.proto
-    model = requantized(result.model, original, cut.model)
-    if stored.bench is not None:
-        check_model(stored.bench, model, Moves(cut.plan.grouping, after=remove))
-    found = fidelity(original, [cut.model, model], study.part(FEW)) if result.fidelity else None
-    scores, losses = ({numbers[i]: one for i, one in named.items() if i in numbers} for named in (result.scores, result.losses))
-    fidelities = (found[0], found[1]) if found else None
-    return replace(cut, model=model, refits=result.refits, fidelity=fidelities, scores=scores, losses=losses)
-
-
-def _for_target(result: Result, original: Model, target: str | None) -> Result:
-    """The result with what TensorRT does not take of the original; raises OnnxPruneError (exit code 4) where pruning adds to that."""
-    if target != "tensorrt":
-        return result
-    check_introduced(original.proto, result.model)
-    return replace(result, support=supported(original))
-
-
-def _finish(made: Plan, proof: Proof | None, bench: Bench | None, on_budget: bool, progress: Progress | None) -> Result:
-    """Rewrite, prove, count."""
-    _say(progress, "rewriting")
-    if proof is not None and bench is not None:
-        pruned, grouping, proof = prove_surgery(bench, made.grouping, made.remove, proof, progress)
-        made = replace(made, grouping=grouping)
-    else:
-        pruned = rewrite(made.grouping, made.remove)
-    kept = {g.id: g.units - len(made.remove.get(g.id, ())) for g in made.groups}
-    macs, parameters = counter(made.grouping, "macs"), counter(made.grouping, "params")
-    return Result(
-        model=pruned,
-        plan=made,
-        proof=proof,
-        macs=(round(macs({})), round(macs(kept))),
-        parameters=(round(parameters({})), round(parameters(kept))),
-        reached=made.reached,
-        on_budget=on_budget,
-    )

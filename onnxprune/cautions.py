@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onnxprune.api import Result
 from onnxprune.evaluation import Evaluation
 from onnxprune.fidelity import OutputFidelity
 from onnxprune.naming import group_names
+from onnxprune.result import Result
 
 NEARLY_ALL = 0.85  # share of its units that a group has lost then
 UNMOVED = 1e-6  # standard deviations

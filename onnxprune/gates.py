@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from onnxprune.errors import OnnxPruneError
 
 if TYPE_CHECKING:
-    from onnxprune.api import Result
     from onnxprune.benchmark import Measurement
     from onnxprune.evaluation import Evaluation
+    from onnxprune.result import Result
 
 MISSED = 5  # exit code
 FIGURES = {

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from onnxprune import __version__
 from onnxprune.allocations import DISTORTION
-from onnxprune.api import Result
 from onnxprune.benchmark import Measurement
 from onnxprune.cautions import cautions
 from onnxprune.charts import Sensitivity, Sweep, scores_section, sensitivity_section, sweep_section
@@ -28,6 +27,7 @@ from onnxprune.layertable import layer_changes
 from onnxprune.markup import Cell, Html, Section, bar, code, element, join, page, table
 from onnxprune.naming import group_names
 from onnxprune.report import proof_state, show_proof
+from onnxprune.result import Result
 from onnxprune.wording import batch_in_words, batch_of, in_words
 
 WORDS = {"macs": "MACs", "params": "parameters", "channels": "channels"}

@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from onnxprune.api import Result
 from onnxprune.benchmark import Measurement
 from onnxprune.certificate import Proof
 from onnxprune.evaluation import Evaluation
@@ -20,6 +19,7 @@ from onnxprune.handoff import HandOff
 from onnxprune.importer import Model
 from onnxprune.inputs import inputs_of
 from onnxprune.naming import group_names
+from onnxprune.result import Result
 from onnxprune.shortening import fitted, shortened
 from onnxprune.tensorrt import Support
 from onnxprune.tensorrt_operators import VERSION
