@@ -44,12 +44,12 @@ def _flat(runs: Outputs) -> dict[str, np.ndarray]:
 
 
 def trimmed(
-    plan: Plan, evidence: Evidence, batches: Sequence[Arrays], finish: Callable[[ModelProto], ModelProto] = lambda model: model
+    plan: Plan, evidence: Evidence, fit: Sequence[Arrays], finish: Callable[[ModelProto], ModelProto] = lambda model: model
 ) -> ModelProto:
-    """What the plan leaves, with the layers that read it updated in one shot."""
+    """What the plan leaves, with the layers that read it updated in one shot, and products of two activations by what they are of `fit`."""
     pruned = updated(plan, finish(rewrite(plan.grouping, plan.remove)), evidence)
     for product in narrowed(plan, pruned):
-        match(plan, pruned, product, lambda: batches)
+        match(plan, pruned, product, lambda: fit)
     return pruned
 
 
@@ -58,11 +58,12 @@ def curves(
     evidence: Evidence,
     scores: Mapping[int, np.ndarray],
     feeds: Iterable[Arrays],
+    fit: Sequence[Arrays] | None = None,
     ratios: Sequence[float] = RATIOS,
     progress: Callable[[str], None] | None = None,
     finish: Callable[[ModelProto], ModelProto] = lambda model: model,
 ) -> dict[int, np.ndarray]:
-    """For each group the distortion of the outputs at every number of units removed, (units + 1,); rising.
+    """For each group the distortion of the outputs of `feeds` at every number of units removed, (units + 1,); rising.
 
     Measured at `ratios`; between them in proportion to the scores of the units that go.  The distortion is the mean squared change
     of the outputs by their variance (equivalence.distortion).
@@ -80,7 +81,7 @@ def curves(
     def measure(group: int, units: np.ndarray) -> float:
         plan = Plan(grouping, {group: units})
         try:
-            pruned = trimmed(plan, evidence, batches, finish)
+            pruned = trimmed(plan, evidence, batches if fit is None else fit, finish)
             return change(before, outputs_of(pruned, batches), Widths(grouping, plan.remove))
         except OnnxPruneError:
             return float("inf")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 
@@ -59,7 +60,7 @@ class Evidence:
     """readings: for each group id how layers read it; samples: how many samples were seen.
 
     layers: the reading of each layer that was looked at, by its weight; trial: feeds of at most so many samples, for criteria that run
-    the model itself, and None where there are no samples.
+    the model itself, and None where there are no samples.  part: without the samples that are held out, for what is judged by those.
     """
 
     grouping: Grouping
@@ -68,6 +69,7 @@ class Evidence:
     layers: Mapping[str, Reading] = field(default_factory=dict)
     trial: Callable[[int], Sequence[Arrays]] | None = None
     progress: Callable[[str], None] | None = None
+    part: Evidence | None = None
 
     @property
     def model(self) -> Model:
@@ -98,69 +100,111 @@ def features(layer: Linear, shape: Geometry, weight: np.ndarray, group: Group) -
     return found
 
 
-def gather(grouping: Grouping, batches: Batches, rows: int = 65536, progress: Callable[[str], None] | None = None) -> Evidence:
-    """Run the original over the samples, once, and sum up what the layers read."""
+@dataclass
+class _Sums:
+    """One layer, which groups it reads by which features, and what was seen of it."""
+
+    layer: Linear
+    shape: Geometry
+    weight: np.ndarray
+    readers: Mapping[int, np.ndarray]
+    rows: Gathering
+    goal: str
+    sizes: np.ndarray
+    squares: float = 0.0
+    seen: int = 0
+
+    def add(self, values: Arrays, feeds: Arrays, most: int, rng: np.random.Generator) -> None:
+        """A batch: at most about so many rows of it."""
+        shape, x = self.shape, values[self.layer.source]
+        out = shape.out(x.shape, self.weight.shape)
+        places = shape.choose(out, most, feeds, rng)
+        kernel = self.weight.shape[2:] if self.layer.op in CONVOLUTIONS else ()
+        found, made = shape.rows(x, out, kernel, places), shape.targets(values[self.goal], places)
+        weights = emphasis(made) if self.layer.normed else None
+        self.rows.add(found, np.zeros((*found.shape[:2], 0), np.float32), weights)
+        self.sizes += _by_sample(found, shape.owners(out, places), out[0])
+        made = made if weights is None else made * np.sqrt(weights)
+        self.squares += float(np.einsum("gno,gno->", made, made, dtype=np.float64))
+        self.seen += made.shape[1]
+
+    def reading(self, samples: int) -> Reading | None:
+        """None where its squares are no numbers."""
+        moments = self.rows.done()
+        if not (moments.finite and np.isfinite(self.squares)):
+            return None
+        mean, _ = moments.means()
+        second = moments.xx / max(1, moments.count)
+        covariance = second - mean[:, :, None] * mean[:, None, :]
+        rms = np.sqrt(np.maximum(np.einsum("gff->gf", second), 0))
+        power, magnitude = max(self.squares / max(1, self.seen), 1e-20), np.sqrt(self.sizes / max(1, samples))
+        return Reading(self.layer, np.zeros((0, 0), np.int64), self.shape.matrix(self.weight), mean, rms, covariance, power, magnitude)
+
+
+def gather(
+    grouping: Grouping, batches: Batches, held: Batches | None = None, rows: int = 65536, progress: Callable[[str], None] | None = None
+) -> Evidence:
+    """Run the original over the samples, once, and sum up what the layers read; held: more of them, without which `part` is."""
     model = grouping.model
     owned = {m.tensor for g in grouping.groups for m in g.members}
-    layers = []
+    layers: list[_Sums] = []
     for layer in (*linears(model), *recurrences(model)):
         weight = model.array(layer.weight)
         shape = geometry(model.main[layer.node], layer.weight, weight.ndim)
         if layer.weight not in owned:
             continue
         readers = {g.id: f for g in grouping.groups if g.branch is None and (f := features(layer, shape, weight, g)) is not None}
-        wide = shape.matrix(weight).shape
-        if wide[2] <= WIDEST:
-            layers.append((layer, shape, weight, readers, Gathering(Moments.zero(wide[0], wide[2], 0))))
-    goals = [passed_on(model, layer) for layer, *_ in layers]
+        blocks, _, wide = shape.matrix(weight).shape
+        if wide <= WIDEST:
+            sums = Gathering(Moments.zero(blocks, wide, 0))
+            layers.append(_Sums(layer, shape, weight, readers, sums, passed_on(model, layer), np.zeros((blocks, wide))))
     pairs = gathered(grouping)
     sides = [name for pair in pairs for name in (pair.product.left, pair.product.right)]
-    tap = Tap(spelled_out(model, (layer for layer, *_ in layers)), [*goals, *(layer.source for layer, *_ in layers), *sides])
-    squares, seen = [0.0] * len(layers), [0] * len(layers)
-    sizes = [np.zeros(sums.moments.x.shape) for *_, sums in layers]
-    samples = 0
-    total = sum(1 for _ in batches()) if layers or pairs else 0
-    for number, feeds in enumerate(batches()):
+    tap = Tap(
+        spelled_out(model, (one.layer for one in layers)), [*(name for one in layers for name in (one.goal, one.layer.source)), *sides]
+    )
+    parts = [batches] if held is None else [batches, held]
+    counts = [sum(1 for _ in some()) if layers or pairs else 0 for some in parts]
+    total, samples, part = sum(counts), 0, None
+    for number, feeds in enumerate(chain.from_iterable(some() for some in parts)):
+        if held is not None and number == counts[0]:
+            part = _rounded(_evidence(grouping, layers, pairs, samples))
         if progress:
             progress(f"reading activations, batch {number + 1} of {total}")
         values = tap.run(feeds)
         samples += max((len(v) for v in feeds.values() if np.ndim(v)), default=1)
-        for position, (layer, shape, weight, _, sums) in enumerate(layers):
-            x = values[layer.source]
-            out = shape.out(x.shape, weight.shape)
-            rng = np.random.default_rng([position, number])
-            places = shape.choose(out, max(rows, 16 * sums.moments.x.shape[1]) // total, feeds, rng)
-            kernel = weight.shape[2:] if layer.op in CONVOLUTIONS else ()
-            found = shape.rows(x, out, kernel, places)
-            made = shape.targets(values[goals[position]], places)
-            weights = emphasis(made) if layer.normed else None
-            sums.add(found, np.zeros((*found.shape[:2], 0), np.float32), weights)
-            sizes[position] += _by_sample(found, shape.owners(out, places), out[0])
-            made = made if weights is None else made * np.sqrt(weights)
-            squares[position] += float(np.einsum("gno,gno->", made, made, dtype=np.float64))
-            seen[position] += made.shape[1]
+        for position, one in enumerate(layers):
+            most = max(rows, 16 * one.sizes.shape[1]) // total
+            one.add(values, feeds, most, np.random.default_rng([position, number]))
         for pair in pairs:
             pair.add(*pair.product.turned(values, pair.product.left, pair.product.right), feeds)
+    return replace(_evidence(grouping, layers, pairs, samples), part=part, progress=progress)
+
+
+def _evidence(grouping: Grouping, layers: Iterable[_Sums], pairs: Iterable[Terms], samples: int) -> Evidence:
+    """What was seen so far."""
     readings: dict[int, list[Reading]] = {}
     by_weight: dict[str, Reading] = {}
-    for (layer, shape, weight, readers, sums), square, count, size in zip(layers, squares, seen, sizes, strict=True):
-        moments = sums.done()
-        if not (moments.finite and np.isfinite(square)):
-            continue  # its squares are no numbers
-        mean, _ = moments.means()
-        second = moments.xx / max(1, moments.count)
-        covariance = second - mean[:, :, None] * mean[:, None, :]
-        matrix = shape.matrix(weight)
-        rms = np.sqrt(np.maximum(np.einsum("gff->gf", second), 0))
-        power = max(square / max(1, count), 1e-20)
-        magnitude = np.sqrt(size / max(1, samples))
-        by_weight[layer.weight] = Reading(layer, np.zeros((0, 0), np.int64), matrix, mean, rms, covariance, power, magnitude)
-        for owner, places in readers.items():
-            readings.setdefault(owner, []).append(replace(by_weight[layer.weight], features=places))
+    for one in layers:
+        reading = one.reading(samples)
+        if reading is not None:
+            by_weight[one.layer.weight] = reading
+            for owner, places in one.readers.items():
+                readings.setdefault(owner, []).append(replace(reading, features=places))
     for pair in pairs:
         for owner, places in pair.readers.items():
             readings.setdefault(owner, []).append(_of_terms(pair, places))
-    return Evidence(grouping, {g: tuple(r) for g, r in readings.items()}, samples, by_weight, progress=progress)
+    return Evidence(grouping, {g: tuple(r) for g, r in readings.items()}, samples, by_weight)
+
+
+def _rounded(evidence: Evidence) -> Evidence:
+    """In half of the room."""
+    by_weight = {name: replace(r, covariance=r.covariance.astype(np.float32)) for name, r in evidence.layers.items()}
+
+    def one(reading: Reading) -> Reading:
+        return reading if reading.layer is None else replace(by_weight[reading.layer.weight], features=reading.features)
+
+    return replace(evidence, readings={g: tuple(map(one, some)) for g, some in evidence.readings.items()}, layers=by_weight)
 
 
 def _by_sample(rows: np.ndarray, owners: np.ndarray, samples: int) -> np.ndarray:

@@ -62,11 +62,17 @@ def losses_of(grouping: Grouping, scores: Mapping[int, np.ndarray], allocation: 
     if allocation not in MEASURED:
         return None
     runs = len(RATIOS) * len(scores) * max(1.0, study.macs)
-    feeds = study.few(int(min(MOST, max(LEAST, WORK / max(1.0, runs)))))
+    fit, held = study.trials(int(min(MOST, max(LEAST, WORK / max(1.0, runs)))))
     turned = study.turned
     order = {**scores, **{g: turned.scores[g] for g in scores if g in turned.scores}}
     found = curves(
-        replace(grouping, model=turned.grouping.model), turned.evidence, order, feeds, progress=study.progress, finish=study.finish
+        replace(grouping, model=turned.grouping.model),
+        turned.evidence.part or turned.evidence,
+        order,
+        held,
+        fit=fit,
+        progress=study.progress,
+        finish=study.finish,
     )
     if allocation == DISTORTION:
         return found

@@ -213,7 +213,7 @@ def _measured(
     missing = [(one, count) for one, count in wanted if (one.id, count) not in done]
     if missing:
         scores = scored(grouping, {one.id for one, _ in missing}, criterion, seed, study)
-        batches, evidence = study.few(FEW), study.evidence
+        (fit, batches), evidence = study.trials(FEW), study.evidence.part or study.evidence
         before = outputs_of(grouping.model.proto, batches)
         tell = counted(len(wanted), len(wanted) - len(missing), "points", progress)
 
@@ -222,7 +222,7 @@ def _measured(
             plan = Plan(grouping, {one: np.sort(order[:count])})
             point = Point(one, units, count, count / units, None)
             try:
-                pruned = trimmed(plan, evidence, batches)
+                pruned = trimmed(plan, evidence, fit)
                 moved = change(before, outputs_of(pruned, batches), Widths(grouping, plan.remove))
             except OnnxPruneError:  # it does not run without these units
                 return point, None, None

@@ -20,6 +20,7 @@ from onnxprune.running import Arrays
 from onnxprune.samples import Samples
 from onnxprune.turning import Turned, turned
 
+HELD = 128  # samples on which losses are measured, at most
 LARGE = 2**17  # elements of a sample's inputs, from which on batches are small
 
 
@@ -65,19 +66,36 @@ class Study:
         count, least = self.samples.count, self.samples.at_once or 1
         if count < 2 * least:
             return self.samples, self.samples
-        held = min(max(round(count * (1 - share)), least), count - least)
+        held = min(max(round(count * (1 - share) / least), 1) * least, count - least)
         fit, other = self.samples.split(1 - held / count)
         return _at_most(fit, most), other
 
-    def few(self, most: int = 128) -> list[Arrays]:
+    def few(self, most: int = HELD) -> list[Arrays]:
         """Feeds of at most so many samples."""
         return list(self.part(most).batches(self.batch))
+
+    def trials(self, most: int = HELD) -> tuple[list[Arrays], list[Arrays]]:
+        """Feeds of at most so many samples to fit to, and to measure losses on (`judged`)."""
+        fit, held = (_at_most(some, most) for some in self.judged)
+        return list(fit.batches(self.batch)), list(held.batches(self.batch))
 
     @cached_property
     def evidence(self) -> Evidence:
         if not self.samples.count:
             return expected(self.grouping)
-        return replace(gather(self.grouping, self.batches, progress=self.progress), trial=self.few)
+        fit, held = self.judged
+        if fit is held:
+            return replace(gather(self.grouping, self.batches, progress=self.progress), trial=self.few)
+        parts = (lambda: fit.batches(self.batch), lambda: held.batches(self.batch))
+        return replace(gather(self.grouping, *parts, progress=self.progress), trial=self.few)
+
+    @cached_property
+    def judged(self) -> tuple[Samples, Samples]:
+        """The samples to update layers by when the loss of a pruning is measured, and the quarter, or HELD, to measure it on.
+
+        On what layers were updated by they look better than they are, those of many inputs and few places most.
+        """
+        return self.apart(1 - min(0.25, HELD / max(1, self.samples.count)), self.samples.count)
 
     @cached_property
     def turned(self) -> Turned:

@@ -101,6 +101,7 @@ def _same(model: Model, found: Mapping[int, Sequence[Block]], feeds: Arrays) -> 
 
 def _seen(model: Model, evidence: Evidence, found: Mapping[int, Sequence[Block]]) -> Evidence:
     """The evidence of the turned model: what its layers read has turned with it."""
+    part = _seen(model, evidence.part, found) if evidence.part else None
     layers = dict(evidence.layers)
     for block in (block for blocks in found.values() for block in blocks):
         rotation = block.rotation[0]
@@ -122,7 +123,7 @@ def _seen(model: Model, evidence: Evidence, found: Mapping[int, Sequence[Block]]
         )
         for group, some in evidence.readings.items()
     }
-    return replace(evidence, grouping=replace(evidence.grouping, model=model), readings=readings, layers=layers)
+    return replace(evidence, grouping=replace(evidence.grouping, model=model), readings=readings, layers=layers, part=part)
 
 
 def _read_turned(reading: Reading, channels: np.ndarray, weight: np.ndarray, shape: Geometry, rotation: np.ndarray) -> Reading:

@@ -215,3 +215,16 @@ def test_numbers_keep_their_rank_from_step_to_step() -> None:
     x = np.random.default_rng(0).standard_normal((32, 4)).astype(np.float32)
     result = onnxprune.prune(model, 0.4, calibration={"x": x}, steps=3)
     assert result.reached == pytest.approx(0.4, abs=0.05)
+
+
+def test_losses_are_those_of_samples_that_the_readers_were_not_updated_by() -> None:
+    """48 samples of 96 hidden units: half of the units are a combination of the others there, and not elsewhere."""
+    body = "h = Gemm<transB=1>(x, u, a) r = Relu(h) y = Gemm<transB=1>(r, v, b)"
+    model = build("float[N, 64] x", body, "float[N, 8] y", {"u": (96, 64), "a": (96,), "v": (8, 96), "b": (8,)})
+    rng = np.random.default_rng(0)
+    some, others = (rng.standard_normal((n, 64)).astype(np.float32) for n in (48, 2000))
+    result = onnxprune.prune(model, 0.5, calibration={"x": some}, allocation="distortion", compensation="update")
+    [losses], [units] = result.losses.values(), result.plan.remove.values()
+    wanted, found = (run(one, {"x": others})["y"] for one in (model, result.model))
+    change = float(((wanted - found) ** 2).mean() / wanted.var())
+    assert change / 2 < losses[len(units)] < 2 * change
