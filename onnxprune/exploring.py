@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -177,21 +179,14 @@ def sensitivity(
     """
     from onnxprune.importer import check_file
     from onnxprune.sensitivities import sensitivity as measure
-    from onnxprune.writing import check_apart, check_page, check_target
+    from onnxprune.writing import check_target
 
     if calibration is None:
         raise OnnxPruneError("sensitivity measures on samples; give --calibration (samples, or 'noise')")
     source = check_file(model)
     target = check_target(state or source.with_name(f"{source.stem}-sensitivity.json"), source)
-    check_apart(model, target, plot, report_path, json_path, feeds, evaluation, calibration)
-    if plot:
-        from onnxprune.plots import check_plot
-
-        check_plot(plot, model)
-    if report_path:
-        check_page(report_path, model)
-    if json_path and json_path != "-":
-        check_target(json_path, model)
+    shown = Shown(plot, report_path, json_path)
+    shown.check(model, target, feeds, evaluation, calibration)
     with progress(quiet) as say, resumable(str(target)):
         found = measure(
             model,
@@ -204,34 +199,59 @@ def sensitivity(
             progress=say,
             **chosen,
         )
-    if plot:
-        from onnxprune.plots import plot_sensitivity
-
-        plot_sensitivity(found.to_json(), plot)
-    if report_path:
-        _write_page(found.to_json(), report_path, {"ratios": ratios, "calibration": calibration, "eval": evaluation, **chosen})
-    write_json(found.to_json(), json_path)
-    if not quiet and json_path != "-":
+    shown.write(found.to_json(), {"ratios": ratios, "calibration": calibration, "eval": evaluation, **chosen})
+    if shown.aloud(quiet):
         from onnxprune.tables import show_sensitivity
 
         show_sensitivity(console(), found)
-        console().print(_where(str(target), plot, report_path), soft_wrap=True)
+        console().print(shown.where(str(target)), soft_wrap=True)
     return 0
 
 
-def _write_page(content: Mapping[str, Any], path: str, options: Mapping[str, Any]) -> None:
-    from onnxprune.curvefiles import of_content
-    from onnxprune.htmlreport import curves_report
-    from onnxprune.writing import write_text
+@dataclass(frozen=True)
+class Shown:
+    """Where measured curves go besides the terminal: the paths of --plot, --report and --json."""
 
-    curves = of_content([content])
-    title = f"{content['model']}: {content['kind']}"
-    write_text(curves_report(title, curves.sensitivity, curves.sweep, lead=curves.lead, options=options, command=sys.argv[1:]), path)
+    plot: str | None
+    page: str | None
+    json: str | None
 
+    def check(self, model: str, *files: str | os.PathLike[str] | None) -> None:
+        """Raises OnnxPruneError where one of them cannot be written, or is also one of the files."""
+        from onnxprune.writing import check_apart, check_page, check_target
 
-def _where(kept: str, plot: str | None, page: str | None) -> str:
-    drawn = " and ".join(name for name in (plot, page) if name)
-    return f"kept in {kept}" + (f", drawn in {drawn}" if drawn else "")
+        check_apart(model, self.plot, self.page, self.json, *files)
+        if self.plot:
+            from onnxprune.plots import check_plot
+
+            check_plot(self.plot, model)
+        if self.page:
+            check_page(self.page, model)
+        if self.json and self.json != "-":
+            check_target(self.json, model)
+
+    def write(self, content: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+        if self.plot:
+            from onnxprune import plots
+
+            {"sensitivity": plots.plot_sensitivity, "sweep": plots.plot_sweep}[content["kind"]](content, self.plot)
+        if self.page:
+            from onnxprune.curvefiles import of_content
+            from onnxprune.htmlreport import curves_report
+            from onnxprune.writing import write_text
+
+            curves, title = of_content([content]), f"{content['model']}: {content['kind']}"
+            page = curves_report(title, curves.sensitivity, curves.sweep, lead=curves.lead, options=options, command=sys.argv[1:])
+            write_text(page, self.page)
+        write_json(content, self.json)
+
+    def aloud(self, quiet: bool) -> bool:
+        """Whether the terminal shows them too."""
+        return not quiet and self.json != "-"
+
+    def where(self, kept: str) -> str:
+        drawn = " and ".join(name for name in (self.plot, self.page) if name)
+        return f"kept in {kept}" + (f", drawn in {drawn}" if drawn else "")
 
 
 @contextmanager
@@ -323,19 +343,11 @@ def sweep(
     """
     from onnxprune.importer import check_file
     from onnxprune.sweeping import sweep as run
-    from onnxprune.writing import check_apart, check_page, check_target
 
     source = check_file(model)
     folder = output or str(source.with_name(f"{source.stem}-sweep"))
-    check_apart(model, plot, report_path, json_path, feeds, folder)
-    if plot:
-        from onnxprune.plots import check_plot
-
-        check_plot(plot, model)
-    if report_path:
-        check_page(report_path, model)
-    if json_path and json_path != "-":
-        check_target(json_path, model)
+    shown = Shown(plot, report_path, json_path)
+    shown.check(model, folder, feeds)
     with progress(quiet) as say, resumable(folder):
         found = run(
             model,
@@ -349,18 +361,12 @@ def sweep(
             progress=say,
             **chosen,
         )
-    if plot:
-        from onnxprune.plots import plot_sweep
-
-        plot_sweep(found.to_json(), plot)
-    if report_path:
-        _write_page(found.to_json(), report_path, {"ratios": ratios, "criteria": criteria, "allocations": allocations, **chosen})
-    write_json(found.to_json(), json_path)
-    if not quiet and json_path != "-":
+    shown.write(found.to_json(), {"ratios": ratios, "criteria": criteria, "allocations": allocations, **chosen})
+    if shown.aloud(quiet):
         from onnxprune.tables import show_sweep
 
         show_sweep(console(), found)
-        console().print(_where(folder, plot, report_path), soft_wrap=True)
+        console().print(shown.where(folder), soft_wrap=True)
     for point in found.failed:
         complain(f"{point['name']}: {point['error']}")
     return 3 if found.failed else 0
