@@ -11,12 +11,13 @@ from onnxprune.result import Result
 
 NEARLY_ALL = 0.85  # share of its units that a group has lost then
 UNMOVED = 1e-6  # standard deviations
+ENOUGH = 64  # samples from which on what is fitted to them is worth something elsewhere, as a rule
 
 
 def cautions(result: Result, evaluation: Evaluation | None = None) -> list[str]:
     """Sentences on what the samples cannot tell, on what was chosen blindly, and on where the reduction came from; often none."""
     options = result.plan.options
-    found = [*_blind(result), *_lopsided(result), *_unmoved(result)]
+    found = [*_blind(result), *_few(result), *_lopsided(result), *_unmoved(result)]
     if result.fidelity:
         noise = options.get("calibration") == "noise"
         where = "the made-up samples ('noise')" if noise else "the calibration samples"
@@ -58,6 +59,19 @@ def _blind(result: Result) -> list[str]:
     return [
         "chosen by the weights alone, and nothing makes up for what went: expect to lose accuracy; give --calibration (a few hundred "
         "inputs, no labels, or 'noise')"
+    ]
+
+
+def _few(result: Result) -> list[str]:
+    """That a handful of samples was fitted to, and compared on."""
+    options = result.plan.options
+    count = options.get("samples")
+    if not result.fidelity or not isinstance(count, int) or count >= ENOUGH or options.get("calibration") == "noise":
+        return []
+    samples = "one calibration sample" if count == 1 else f"{count} calibration samples"
+    return [
+        f"only {samples}: what is left was fitted to them and compared on them, so other inputs lose more than is shown; give a few "
+        "hundred with --calibration, and others with --eval to see"
     ]
 
 
