@@ -212,7 +212,8 @@ def test_figures_of_a_handful_of_samples_are_called_that() -> None:
     x = np.random.default_rng(0).standard_normal((200, 4)).astype(np.float32)
     for count, words_ in ((1, "only one calibration sample:"), (20, "only 20 calibration samples:"), (200, "")):
         said = [one for one in cautions(onnxprune.prune(two_ways(), 0.3, calibration={"x": x[:count]})) if "fitted to them" in one]
-        assert bool(said) == bool(words_) and all(one.startswith(words_) and "--eval" in one for one in said)
+        assert bool(said) == bool(words_)
+        assert all(one.startswith(words_) and "--eval" in one for one in said)
     assert not any("fitted to them" in one for one in cautions(onnxprune.prune(two_ways(), 0.3, calibration="noise", samples=20)))
     assert not any("fitted to them" in one for one in cautions(onnxprune.prune(two_ways(), 0.3)))
 
