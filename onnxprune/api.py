@@ -14,6 +14,7 @@ from onnxprune.allocations import (
     DISTORTION,
     LATENCY,
     MEASURED,
+    POINT,
     Choice,
     Limits,
     check_allocation,
@@ -246,7 +247,8 @@ def prune(
     budget = ground.measure(learned(ground.named, clock, seed, progress)) if clock else of
 
     def widths(scores: Scores, rule: str, losses: Losses, share: float) -> Choice:
-        return _choice(None, ground.grouping, scores, {}, ratio * share, budget, rule, limits, shares, losses)
+        near = POINT if share == 1 else np.inf  # rounds on the way need not land
+        return _choice(None, ground.grouping, scores, {}, ratio * share, budget, rule, limits, shares, losses, near)
 
     selection = select(ground.grouping, chosen, criterion, allocation, seed, ground.study, widths)
     selection = in_steps(selection, ground.grouping, seed, ground.study, compensation, widths, steps)
@@ -518,6 +520,7 @@ def _choice(
     limits: Sequence[Limits],
     shares: Mapping[int, float],
     losses: Losses = None,
+    near: float = POINT,
 ) -> Choice:
     """Units to remove for a budget, by the `scores` of width groups and what the outputs have `lost` without each branch."""
 
@@ -526,7 +529,7 @@ def _choice(
         alive = {g.id for g in grouping.groups if not dead or any(m.tensor not in dead for m in g.members)}
         left = {g: s for g, s in scores.items() if g in alive}
         given = {g: shares[g] for g in left if g in shares}
-        return nearest((choose(grouping, left, ratio, of, rule, limit, given, cut, losses) for limit in limits), ratio)
+        return nearest((choose(grouping, left, ratio, of, rule, limit, given, cut, losses, near) for limit in limits), ratio)
 
     if not lost or bench is None:
         return widths()
