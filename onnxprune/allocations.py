@@ -81,6 +81,7 @@ def names() -> list[str]:
 BINS = 2000
 LEVELS = 48
 POINT = 0.01  # of the budget
+FEW = 16  # groups: of more, single steps meet a budget
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def choose(
         best = min(best, exchanged(again, levels, aim), key=aim.key)
     else:
         best = _nudge(best, units, coarse, miss, free)
-        if abs(miss(best)) > near:
+        if abs(miss(best)) > near and len(best) <= FEW:
             best = landed(best, {g: levels_of(g) for g in sorted(free & set(best))}, units, miss, near)
     best = {g: n if g in shares else limits.end(g, units[g], n, cost.steps.get(g, 1)) for g, n in best.items()}
     remove = {b: np.zeros(1, np.int64) for b in cut}
