@@ -375,6 +375,12 @@ def check_ratio(ratio: float) -> float:
     return ratio
 
 
+def check_floor(min_keep: float) -> float:
+    if not 0 <= min_keep < np.inf:
+        raise OnnxPruneError(f"min-keep is {min_keep}; it is a share below 1 or a number of units, 0 at least")
+    return min_keep
+
+
 def check_allocation(name: str, samples: bool) -> None:
     """Raises OnnxPruneError where there is no such allocation, or where it is measured on samples and there are none."""
     if name not in (*names(), "auto"):

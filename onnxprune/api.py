@@ -19,6 +19,7 @@ from onnxprune.allocations import (
     Limits,
     check_allocation,
     check_budget,
+    check_floor,
     check_ratio,
     choose,
     nearest,
@@ -209,8 +210,7 @@ def prune(
     check_criterion(criterion, given, free)
     check_allocation(allocation, given)
     check_compensation(compensation, given)
-    if min_keep < 0:
-        raise OnnxPruneError(f"min-keep is {min_keep}; it is a share below 1 or a number of units, 0 at least")
+    check_floor(min_keep)
     if steps < 1:
         raise OnnxPruneError(f"steps is {steps}; it is a number of rounds, 1 at least")
     check_align(align, target)
