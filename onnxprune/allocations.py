@@ -18,7 +18,7 @@ import numpy as np
 from onnxprune import layouts
 from onnxprune.cost import Measure, counter
 from onnxprune.errors import OnnxPruneError
-from onnxprune.exchange import Aim, Kept, exchanged
+from onnxprune.exchange import Aim, Kept, exchanged, landed
 from onnxprune.grouping import Grouping
 from onnxprune.layouts import find
 from onnxprune.registry import Registry
@@ -81,6 +81,7 @@ def names() -> list[str]:
 BINS = 2000
 LEVELS = 48
 POINT = 0.01  # of the budget
+FEW = 16  # groups: of more, single steps meet a budget
 
 
 @dataclass(frozen=True)
@@ -147,13 +148,14 @@ def choose(
     shares: Mapping[int, float] | None = None,
     cut: Sequence[int] = (),
     losses: Mapping[int, np.ndarray] | None = None,
+    near: float = POINT,
 ) -> Choice:
     """The lowest-scored units of each group, so many that `ratio` of the budget goes.
 
     shares: {group: share} of groups whose ratio the user gave; cut: residual branches that go as well; losses: {group: what is
     lost at each number of units removed, (units + 1,)}, which are then split instead of the scores.  Where the budget's measure
-    has steps, widths end where one ends: what is within a step costs nothing more.  Where the budget is out of reach, the
-    closest is returned.
+    has steps, widths end where one ends: what is within a step costs nothing more.  near: what the budget may be missed by before
+    widths leave those of the rule.  Where the budget is out of reach, the closest is returned.
     """
     limits, shares = limits or Limits(), dict(shares or {})
     units = {g.id: g.units for g in grouping.groups}
@@ -206,14 +208,20 @@ def choose(
     steps = {g: max(limits.step(g), cost.steps.get(g, 1) // limits.step(g) * limits.step(g)) for g in best}
     coarse = Limits(limits.floor, {g: step for g, step in steps.items() if step > 1})
     free = only - set(shares)
+
+    def levels_of(group: int) -> list[int]:
+        return [int(n) for n in units[group] - coarse.levels(group, units[group])[::-1]]
+
     if losses is not None and coarse.steps:
         aim = Aim(losses, units, miss, POINT / 2)
-        levels = {g: (units[g] - coarse.levels(g, units[g])[::-1]).tolist() for g in sorted(free & set(best))}
+        levels = {g: levels_of(g) for g in sorted(free & set(best))}
         best = exchanged(best, levels, aim)
         again = bisected(only, savings(best))  # what a group saves depends on how wide the others are
         best = min(best, exchanged(again, levels, aim), key=aim.key)
     else:
         best = _nudge(best, units, coarse, miss, free)
+        if abs(miss(best)) > near and len(best) <= FEW:
+            best = landed(best, {g: levels_of(g) for g in sorted(free & set(best))}, units, miss, near)
     best = {g: n if g in shares else limits.end(g, units[g], n, cost.steps.get(g, 1)) for g, n in best.items()}
     remove = {b: np.zeros(1, np.int64) for b in cut}
     for g, keep in best.items():
@@ -365,6 +373,12 @@ def check_ratio(ratio: float) -> float:
     if not 0 < ratio < 1:
         raise OnnxPruneError(f"the ratio is {ratio}; it is the share to remove and must lie between 0 and 1: write 0.4 or 40%")
     return ratio
+
+
+def check_floor(min_keep: float) -> float:
+    if not 0 <= min_keep < np.inf:
+        raise OnnxPruneError(f"min-keep is {min_keep}; it is a share below 1 or a number of units, 0 at least")
+    return min_keep
 
 
 def check_allocation(name: str, samples: bool) -> None:

@@ -14,9 +14,11 @@ from onnxprune.allocations import (
     DISTORTION,
     LATENCY,
     MEASURED,
+    POINT,
     Choice,
     check_allocation,
     check_budget,
+    check_floor,
     check_ratio,
 )
 from onnxprune.branches import with_branches
@@ -141,8 +143,7 @@ def prune(
     check_criterion(criterion, given, free)
     check_allocation(allocation, given)
     check_compensation(compensation, given)
-    if min_keep < 0:
-        raise OnnxPruneError(f"min-keep is {min_keep}; it is a share below 1 or a number of units, 0 at least")
+    check_floor(min_keep)
     if steps < 1:
         raise OnnxPruneError(f"steps is {steps}; it is a number of rounds, 1 at least")
     check_align(align, target)
@@ -179,7 +180,8 @@ def prune(
     budget = ground.measure(learned(ground.named, clock, seed, progress)) if clock else of
 
     def widths(scores: Scores, rule: str, losses: Losses, share: float) -> Choice:
-        return chosen_for(None, ground.grouping, scores, {}, ratio * share, budget, rule, limits, shares, losses)
+        near = POINT if share == 1 else np.inf  # rounds on the way need not land
+        return chosen_for(None, ground.grouping, scores, {}, ratio * share, budget, rule, limits, shares, losses, near)
 
     selection = select(ground.grouping, chosen, criterion, allocation, seed, ground.study, widths)
     selection = in_steps(selection, ground.grouping, seed, ground.study, compensation, widths, steps)

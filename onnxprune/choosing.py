@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from onnx import ModelProto
 
-from onnxprune.allocations import Choice, Limits, choose, nearest
+from onnxprune.allocations import POINT, Choice, Limits, choose, nearest
 from onnxprune.certificate import Bench, Proof, prepare
 from onnxprune.cost import Cuts, Measure
 from onnxprune.depth import Blocks, mixed
@@ -103,6 +103,7 @@ def chosen_for(
     limits: Sequence[Limits],
     shares: Mapping[int, float],
     losses: Losses = None,
+    near: float = POINT,
 ) -> Choice:
     """Units to remove for a budget, by the `scores` of width groups and what the outputs have `lost` without each branch."""
 
@@ -111,7 +112,7 @@ def chosen_for(
         alive = {g.id for g in grouping.groups if not dead or any(m.tensor not in dead for m in g.members)}
         left = {g: s for g, s in scores.items() if g in alive}
         given = {g: shares[g] for g in left if g in shares}
-        return nearest((choose(grouping, left, ratio, of, rule, limit, given, cut, losses) for limit in limits), ratio)
+        return nearest((choose(grouping, left, ratio, of, rule, limit, given, cut, losses, near) for limit in limits), ratio)
 
     if not lost or bench is None:
         return widths()

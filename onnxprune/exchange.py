@@ -11,21 +11,25 @@ import numpy as np
 Kept = dict[int, int]
 TURNS = 64  # exchanges, at most
 MOVES = 256  # of all groups from which pairs are made: many groups have less to choose from, a step each way at least
+SPANS = (2, 4, 8, 64)  # steps off widths that are to be met nearly
 PRICES = (2, 4, 8, 16, 32, 64)  # of missing all of the budget, in what is lost at first
 TRIED = 8  # that look best as far as what they save adds up; the best of them is made
+MANY = 64  # are tried of widths that meet a budget hardly ever
 
 
 @dataclass(frozen=True)
 class Aim:
     """losses: {group: what is lost at each number of its units removed}; units: {group: how many it has}.
 
-    miss: what widths miss the budget by, rising with what goes; by the tolerance, or less, is as good as not at all.
+    miss: what widths miss the budget by, rising with what goes; by the tolerance, or less, is as good as not at all.  tried: how many
+    moves are tried of which the best is made.
     """
 
     losses: Mapping[int, np.ndarray]
     units: Mapping[int, int]
     miss: Callable[[Kept], float]
     tolerance: float
+    tried: int = TRIED
 
     def loss(self, group: int, keep: int) -> float:
         return float(self.losses[group][self.units[group] - keep])
@@ -48,6 +52,20 @@ def exchanged(kept: Kept, levels: Mapping[int, Sequence[int]], aim: Aim) -> Kept
     for price in PRICES:
         kept = _descended(kept, levels, aim, price * loss)
         found.append(_descended(kept, levels, aim, np.inf))
+    return min(found, key=aim.key)
+
+
+def landed(
+    kept: Kept, levels: Mapping[int, Sequence[int]], units: Mapping[int, int], miss: Callable[[Kept], float], tolerance: float
+) -> Kept:
+    """The widths nearest to those given that meet the budget, where groups have few to choose from: first a few steps off, then any."""
+    far = {g: ((np.arange(units[g] + 1) - (units[g] - kept[g])) / units[g]) ** 2 for g in levels}
+    aim, found = Aim(far, units, miss, tolerance, MANY), [kept]
+    for span in SPANS:
+        some = {g: [n for n in widths if n == kept[g] or n in _near(widths, kept[g], span)] for g, widths in levels.items()}
+        found.append(exchanged(kept, some, aim))
+        if abs(miss(found[-1])) <= tolerance:
+            break
     return min(found, key=aim.key)
 
 
@@ -87,6 +105,6 @@ def _promising(kept: Kept, moves: Sequence[tuple[int, int]], effects: np.ndarray
     excess = np.maximum(0.0, np.abs(gap + effects[:-1, None] + effects[None]) - aim.tolerance)
     excess[:, :-1][groups[:, None] == groups[None]] = np.inf
     lost = costs[:-1, None] + costs[None]
-    order = (np.lexsort((lost.ravel(), excess.ravel())) if np.isinf(price) else np.argsort((lost + price * excess).ravel()))[:TRIED]
+    order = (np.lexsort((lost.ravel(), excess.ravel())) if np.isinf(price) else np.argsort((lost + price * excess).ravel()))[: aim.tried]
     pairs = [divmod(int(i), len(costs)) for i in order if np.isfinite(excess.ravel()[i])]
     return [kept | dict(moves[i] for i in pair if i < len(moves)) for pair in pairs]

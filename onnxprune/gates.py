@@ -41,8 +41,11 @@ class Gate:
         return self.found is not None and self.found >= self.least
 
     def __str__(self) -> str:
-        found = "is not known" if self.found is None else f"is {self.found:.4g}"
-        return f"{self.figure} {found}, {self.least:.4g} at least was asked"
+        digits = 4
+        while not self.passed and self.found is not None and digits < 17 and f"{self.found:.{digits}g}" == f"{self.least:.{digits}g}":
+            digits += 1
+        found = "is not known" if self.found is None else f"is {self.found:.{digits}g}"
+        return f"{self.figure} {found}, {self.least:.{digits}g} at least was asked"
 
     def to_json(self) -> dict[str, Any]:
         return {"figure": self.figure, "least": self.least, "found": self.found, "passed": self.passed}
@@ -58,7 +61,9 @@ def read_gates(texts: Sequence[str]) -> dict[str, float]:
         try:
             least = float(number.rstrip("%")) / (100 if number.endswith("%") else 1)
         except ValueError:
-            raise OnnxPruneError(f"--fail-under '{text}': write it as {figure}=NUMBER") from None
+            least = math.nan
+        if not math.isfinite(least):
+            raise OnnxPruneError(f"--fail-under '{text}': write it as {figure}=NUMBER")
         if figure in SHARES and not 0 <= least <= 1:
             raise OnnxPruneError(f"--fail-under '{text}': it is a share from 0 to 1, or such as {figure}=95%")
         found[figure] = least

@@ -11,7 +11,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto
 
 from onnxprune import layouts
-from onnxprune.allocations import Limits
+from onnxprune.allocations import Limits, check_floor
 from onnxprune.branches import with_branches
 from onnxprune.certificate import Proof, certify
 from onnxprune.cost import Counter, Term, count, mac_terms, parameter_terms
@@ -123,6 +123,7 @@ def inspect(
     in the reductions, as `prune` leaves them.
     Raises OnnxPruneError for bad input (exit code 2) and where onnxruntime cannot run the model (4).
     """
+    limits = Limits(check_floor(min_keep))
     if progress:
         progress("reading the model")
     grouping, proof = with_branches(group(load(model, feeds, input_shapes), allow_io)), None
@@ -130,7 +131,6 @@ def inspect(
         grouping, proof, _ = certify(grouping, feeds, seed, progress=progress)
     products, tensors = mac_terms(grouping.model), parameter_terms(grouping.model)
     costs = Counter(grouping, products), Counter(grouping, tensors)
-    limits = Limits(min_keep)
 
     def share(kept: Mapping[int, int]) -> Share:
         return Share(*(max(0.0, 1 - cost(kept) / cost({})) if cost({}) else 0.0 for cost in costs))

@@ -128,6 +128,7 @@ def refiner(
     return refine
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # steps to what is no number do no better on held-out samples
 def _refine(plan: Plan, proto: ModelProto, couple: Couple, widths: Widths, batches: Batches, work: float) -> Refit | None:
     first, second = couple.first, couple.second
     tensors = tensors_of(proto)

@@ -117,6 +117,25 @@ def test_units_that_score_alike_need_not_go_together(rule: str, align: int) -> N
         assert result.reached == pytest.approx(0.35, abs=0.01 if align == 1 else 0.02)
 
 
+@pytest.mark.parametrize("rule", ["uniform", "global", "pq", "distortion"])
+@pytest.mark.parametrize("ratio", [0.3, 0.4, 0.5, 0.65])
+@pytest.mark.parametrize("units", [(5, 7), (16, 32), (6, 9), (3, 4)])
+def test_no_other_widths_of_few_groups_come_closer_than_a_point(units: tuple[int, int], ratio: float, rule: str) -> None:
+    a, b = units
+    model = build(
+        "float[N, 4] x",
+        "h = MatMul(x, u) r = Tanh(h) i = MatMul(r, v) s = Tanh(i) y = MatMul(s, w)",
+        "float[N, 2] y",
+        {"u": (4, a), "v": (a, b), "w": (b, 2)},
+    )
+    x = np.random.default_rng(1).standard_normal((32, 4)).astype(np.float32)
+    result = onnxprune.prune(model, ratio, calibration={"x": x}, allocation=rule, compensation="none")
+    whole = 4 * a + a * b + 2 * b
+    nearest = min(abs(1 - (4 * i + i * j + 2 * j) / whole - ratio) for i in range(1, a + 1) for j in range(1, b + 1))
+    assert abs(result.reached - ratio) <= max(0.01, nearest) + 1e-9
+    assert result.on_budget == (abs(result.reached - ratio) <= 0.01)
+
+
 def sided(kind: str = "good") -> ModelProto:
     """Two layers of 16 channels whose first 8 carry nearly all there is."""
     weights: dict[str, Any] = {}

@@ -12,6 +12,8 @@ from conftest import EVAL, MODELS, Command
 from outside import build
 from test_cli import failing
 
+from onnxprune.gates import Gate
+
 MLP = MODELS / "digits-mlp.onnx"
 DATA = MODELS / EVAL["digits-mlp"]
 SAMPLES = MODELS / "digits-mlp.calibration.npz"
@@ -72,6 +74,7 @@ def test_a_missed_gate_comes_before_a_budget_out_of_reach(command: Command) -> N
         (["--fail-under", "accuracy=95", "--eval", str(DATA)], "95%"),
         (["--fail-under", "speedup=fast"], "speedup=NUMBER"),
         (["--fail-under", "speedup"], "speedup=NUMBER"),
+        (["--fail-under", "speedup=nan"], "speedup=NUMBER"),
     ],
 )
 def test_gates_that_cannot_be_judged_are_said_before_any_work(command: Command, tmp_path: Path, options: list[str], word: str) -> None:
@@ -80,3 +83,9 @@ def test_gates_that_cannot_be_judged_are_said_before_any_work(command: Command, 
     assert len(result.stderr.splitlines()) == 1
     assert word in result.stderr
     assert not (tmp_path / "o.onnx").exists()
+
+
+def test_a_figure_just_below_is_not_said_to_be_what_was_asked() -> None:
+    assert str(Gate("cosine", 1.0, 0.9999998)) == "cosine is 0.9999998, 1 at least was asked"
+    assert str(Gate("macs", 0.5, 0.39712)) == "macs is 0.3971, 0.5 at least was asked"
+    assert str(Gate("macs", 0.5, None)) == "macs is not known, 0.5 at least was asked"

@@ -244,6 +244,13 @@ def test_few_samples_do_no_harm() -> None:
         assert best < 1.05 * least
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_samples_whose_squares_are_no_numbers_warn_of_nothing_and_do_no_harm() -> None:
+    model, seen = conv_model(0), {"x": smooth(8, 10) * np.float32(1e25)}
+    result = pruned(model, seen, "refine")
+    assert all(np.isfinite(numpy_helper.to_array(tensor)).all() for tensor in result.model.graph.initializer)
+
+
 def test_reported_pairs_are_better_than_before() -> None:
     for seed in range(3):
         refits = [refit for refit in pruned(conv_model(seed), {"x": smooth(256, seed)}, "refine").refits if refit.partner]
