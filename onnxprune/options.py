@@ -157,7 +157,7 @@ CHOICE = options(
         "layer_ratios",
         multiple=True,
         metavar="GLOB=RATIO",
-        help="Such layers lose this share of units.",
+        help="What such layers make loses this share of units.",
     ),
     MIN_KEEP,
     click.option(

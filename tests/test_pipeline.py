@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 from conftest import EVAL, MODELS, two_layers
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+from outside import build
 
 import onnxprune
 from onnxprune import allocations, certificate, criteria
@@ -101,6 +102,19 @@ def test_scope_exclude_and_layer_ratios() -> None:
     fixed = onnxprune.prune(RESNET, 0.4, layer_ratios={"blocks.0.conv1.weight": 0.5}, verify=False)
     assert sizes(fixed.model)["blocks.0.conv1.weight"][0] == whole["blocks.0.conv1.weight"][0] // 2
     assert fixed.on_budget
+
+
+@pytest.mark.parametrize(
+    "layer", ["{0} = MatMul({1}, {2})", "t{2} = Transpose<perm=[1,0]>({2}) {0} = MatMul({1}, t{2})", "{0} = Gemm<transB=1>({1}, {2})"]
+)
+def test_a_layer_ratio_is_of_what_the_layer_makes(layer: str) -> None:
+    body = f"{layer.format('h', 'x', 'u')} r = Relu(h) {layer.format('i', 'r', 'v')} s = Relu(i) {layer.format('y', 's', 'w')}"
+    shapes = {"u": (4, 20), "v": (20, 30), "w": (30, 2)}
+    axis = 1 if layer.startswith("{0} = MatMul") else 0
+    model = build("float[N, 4] x", body, "float[N, 2] y", {n: shape if axis else shape[::-1] for n, shape in shapes.items()})
+    for name, wanted in (("u", (10, 30)), ("v", (20, 15)), ("w", (20, 15))):  # nothing that w makes can go, so what it reads
+        left = sizes(onnxprune.prune(model, 0.4, layer_ratios={name: 0.5}).model)
+        assert (left["u"][axis], left["v"][axis]) == wanted
 
 
 def test_the_same_seed_gives_the_same_file_and_another_seed_another() -> None:
