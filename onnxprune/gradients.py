@@ -162,8 +162,16 @@ class Site:
             raise NoRuleError
         return self.arrays[name]
 
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return attributes(self.node)
+
     def get(self, name: str, default: Any = None) -> Any:
-        return attributes(self.node).get(name, default)
+        return self.attributes.get(name, default)
+
+    def text(self, name: str, default: str) -> str:
+        """Of an attribute."""
+        return str(self.get(name, default))
 
     def fit(self, position: int, value: Value, shape: Sequence[int] | None = None) -> Value:
         """Summed over what was broadcast of an input; shape: of the value, by default the output's."""
@@ -210,11 +218,13 @@ def backward(
     shapes: Mapping[str, tuple[int, ...]],
     arrays: Mapping[str, np.ndarray],
     floats: Collection[str],
+    kinds: Mapping[str, int] | None = None,
 ) -> Backward:
     """The backward pass of a model's main graph from some of its values to those of the weights whose gradient is known in full.
 
     shapes: of every value and tensor; arrays: those that do not depend on what the samples are; floats: the values and tensors that
-    are floating-point numbers.  What has no shape (a sequence) may hold them.
+    are floating-point numbers; kinds: the types (of `TensorProto`) of the others, by default truth values.  What has no shape (a
+    sequence) may hold floats.
     """
     tape = Tape()
     opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 1)
@@ -239,7 +249,7 @@ def backward(
                 known.setdefault(name, []).append(change)
         broken.update(set(read) - {name for name, change in zip(node.input, back, strict=False) if change is not None})
     found = {name: total for name in weights if name not in broken and (total := _total(tape, known, name)) is not None}
-    return _assembled(tape, {name: value.name for name, value in found.items()}, starts, proto, set(weights), shapes, floats)
+    return _assembled(tape, {name: value.name for name, value in found.items()}, starts, proto, set(weights), shapes, floats, kinds or {})
 
 
 def _passed(site: Site) -> Sequence[Value | None]:
@@ -264,6 +274,7 @@ def _assembled(
     changing: Collection[str],
     shapes: Mapping[str, tuple[int, ...]],
     floats: Collection[str],
+    kinds: Mapping[str, int],
 ) -> Backward:
     """The nodes that the weights' changes need, in order, with inputs and outputs; tensors that never change are constants."""
     needed, alive = set(weights.values()), []
@@ -280,8 +291,8 @@ def _assembled(
     graph.initializer.extend(tensor for name, tensor in fixed.items() if name in needed)
     given = sorted(needed - made - set(fixed) - {""})
     mine = {name: end for end, name in starts.items()}
-    for name in given:  # what rules read is float, but for the conditions of Where
-        kind = TensorProto.FLOAT if name in mine or name in floats else TensorProto.BOOL
+    for name in given:  # what rules read is float, but for the conditions of Where and the places of Gather
+        kind = TensorProto.FLOAT if name in mine or name in floats else kinds.get(name, TensorProto.BOOL)
         graph.input.append(helper.make_tensor_value_info(name, kind, shapes[mine.get(name, name)]))
     ends = {value: name for name, value in weights.items()}
     graph.output.extend(helper.make_tensor_value_info(value, TensorProto.FLOAT, shapes[name]) for value, name in ends.items())

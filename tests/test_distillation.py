@@ -268,8 +268,8 @@ def test_one_number_of_one_sample_has_the_spread_of_the_samples() -> None:
     assert 0 < float(first.split()[-3]) < 10
 
 
-def test_places_that_the_samples_say_are_no_constants() -> None:
-    """Rows gathered by an input: the gradient before them is not known, even where the first batch is the only one."""
+def test_places_that_the_samples_say_are_those_of_each_batch() -> None:
+    """Rows gathered by an input, even where the first batch is the only one that the lesson has seen."""
     model = two_layers()
     model.graph.node[2].input[0] = "picked"
     model.graph.node.insert(2, helper.make_node("Gather", ["two", "rows"], ["picked"], axis=0))
@@ -279,7 +279,14 @@ def test_places_that_the_samples_say_are_no_constants() -> None:
     weights = {name: array for name, array in weights_of(lifted).items() if name in trainable(lifted)}
     found = lesson(plan, lifted, weights, [{"x": X["x"][:8], "rows": np.arange(8)[::-1].copy()}])
     assert found is not None
-    assert set(found.graph.weights) == {"b", "q"}
+    assert set(found.graph.weights) == {"a", "p", "b", "q"}
+    other = {"x": X["x"][8:16], "rows": np.array([2, 2, 2, -1, 0, 5, 5, 1])}
+    _, change = found.gradient(other, weights)
+    for name, array in change.items():
+        length = 1e-3 / float(np.abs(array).max())
+        ends = (sum(found.losses([other], weights | {name: weights[name] + np.float32(s * length) * array}).values()) for s in (1, -1))
+        up, down = ends
+        assert (up - down) / (2 * length) == pytest.approx(float(np.sum(np.square(array))), rel=0.05), name
 
 
 def test_samples_are_mixed_only_where_all_inputs_are_floats() -> None:
