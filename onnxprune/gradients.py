@@ -34,20 +34,21 @@ class NoRuleError(Exception):
 
 @dataclass
 class Tape:
-    """The nodes of a graph that is being written, and its constants by name."""
+    """The nodes of a graph that is being written, and its constants by name; prefix: of the names that it makes."""
 
+    prefix: str = PREFIX
     nodes: list[NodeProto] = field(default_factory=list)
     constants: dict[str, TensorProto] = field(default_factory=dict)
 
     def op(self, kind: str, *inputs: Value | None, output: int = 0, **given: Any) -> Value:
         """A node's output of this number."""
-        name = f"{PREFIX}{len(self.nodes)}"
+        name = f"{self.prefix}{len(self.nodes)}"
         made = [f"{name}.{i}" for i in range(output)] + [name]
         self.nodes.append(helper.make_node(kind, [v.name if v else "" for v in inputs], made, **given))
         return Value(self, name)
 
     def constant(self, array: Any, dtype: type = np.float32) -> Value:
-        name = f"{PREFIX}constant {len(self.constants)}"
+        name = f"{self.prefix}constant {len(self.constants)}"
         self.constants[name] = numpy_helper.from_array(np.asarray(array, dtype), name)
         return Value(self, name)
 
@@ -281,7 +282,7 @@ def _assembled(
     for node in reversed(tape.nodes):
         if needed.intersection(node.output):
             alive.append(node)
-            needed.update(node.input)
+            needed.update((*node.input, *captured(node)))
     made = {name for node in alive for name in node.output}
     model = ModelProto(ir_version=IR, opset_import=[helper.make_opsetid("", OPSET)])
     graph = model.graph

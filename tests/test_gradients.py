@@ -169,6 +169,9 @@ CASES = [
     Case("Resize", ((2, 3, 4, 5), np.float32([1, 1, 2, 1.7])), {"mode": "linear"}, opset=10),
     Case("Upsample", ((2, 3, 4, 5), np.float32([1, 1, 2, 3])), {"mode": "linear"}, opset=9),
     Case("Upsample", ((2, 3, 4, 5),), {"mode": "nearest", "scales": [1.0, 1.0, 2.0, 1.6]}, opset=7),
+    Case("LSTM", ((5, 2, 3), (1, 16, 3), (1, 16, 4), (1, 32), None, (1, 2, 4), (1, 2, 4)), {"hidden_size": 4}, outputs=3),
+    Case("LSTM", ((5, 2, 3), (2, 16, 3), (2, 16, 4), (2, 32)), {"hidden_size": 4, "direction": "bidirectional"}, outputs=2),
+    Case("LSTM", ((4, 1, 3), (1, 8, 3), (1, 8, 2)), {"hidden_size": 2, "direction": "reverse"}),
     Case("ReduceMean", ((2, 3, 4), ints(-1)), {"keepdims": 0}),
     Case("ReduceMean", ((2, 3, 4),), {"axes": [0, 2]}, opset=17),
     Case("ReduceSum", ((2, 3, 4), ints(1, 2)), {"keepdims": 1}),
@@ -234,8 +237,11 @@ def gradient(
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_adjoint_is_what_a_finite_difference_says(case: Case) -> None:
     rng = np.random.default_rng(len(case.id))
-    proto, given = built(case, rng)
-    _, found, starts = gradient(proto, given, rng, case.free)
+    compared(*built(case, rng), rng, case.free)
+
+
+def compared(proto: ModelProto, given: dict[str, Array], rng: np.random.Generator, free: bool = False) -> None:
+    _, found, starts = gradient(proto, given, rng, free)
     assert set(found) == set(given)
     run = session(proto)
 
@@ -250,6 +256,15 @@ def test_adjoint_is_what_a_finite_difference_says(case: Case) -> None:
             slope, scale = float(np.sum(change * towards)), float(np.linalg.norm(change) * np.linalg.norm(towards) / np.sqrt(change.size))
             ends = [loss(given | {name: given[name] + np.float32(s * 2e-3) * towards}) for s in (1, -1)]
             assert abs((ends[0] - ends[1]) / 4e-3 - slope) < 0.02 * scale + 1e-4, (name, (ends[0] - ends[1]) / 4e-3, slope)
+
+
+def test_an_lstm_whose_steps_nothing_reads() -> None:
+    rng = np.random.default_rng(0)
+    shapes = ((5, 2, 3), (2, 16, 3), (2, 16, 4), (2, 32), None, (2, 2, 4))
+    proto, given = built(Case("LSTM", shapes, {"hidden_size": 4, "direction": "bidirectional"}, outputs=3), rng)
+    proto.graph.node[0].output[0] = ""
+    del proto.graph.output[0]
+    compared(proto, given, rng)
 
 
 def test_every_rule_has_a_case() -> None:
@@ -351,6 +366,9 @@ def test_what_reaches_an_end_through_a_sequence_gets_no_gradient() -> None:
         Case("Attention", ((1, 4, 3, 5), (1, 2, 3, 5), (1, 2, 3, 5)), opset=23),
         Case("Attention", ((1, 2, 3, 5), (1, 2, 3, 5), (1, 2, 3, 5)), {"softcap": 2.0}, opset=23),
         Case("ScatterND", ((3, 4), np.array([[0], [2]]), (2, 4)), {"reduction": "max"}),
+        Case("LSTM", ((4, 2, 3), (1, 8, 3), (1, 8, 2), None, np.array([4, 2], np.int32)), {"hidden_size": 2}),
+        Case("LSTM", ((4, 2, 3), (1, 8, 3), (1, 8, 2)), {"hidden_size": 2, "activations": ["Sigmoid", "Relu", "Tanh"]}),
+        Case("LSTM", ((4, 2, 3), (1, 8, 3), (1, 8, 2), None, None, None, None, (1, 6)), {"hidden_size": 2}),
         Case("Einsum", ((2, 3), (1, 4)), {"equation": "ab,bc->ac"}),
         Case("Einsum", ((2, 3), (3, 4)), {"equation": "ab,bc->b"}),
         Case("Dropout", ((2, 3), np.float32(0.5), np.array(True))),
