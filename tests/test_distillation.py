@@ -253,6 +253,26 @@ def test_the_rate_falls_to_the_last_step_where_the_model_takes_one_sample_at_onc
     assert rates[-1] < 1e-3 * max(rates)
 
 
+@pytest.mark.parametrize(
+    ("factors", "passes"),
+    [
+        ([1.5] * 200, [40, 5, 5]),  # in vain the whole way: slower ones have an eighth of it
+        ([1.5] * 40 + [1.5, 0.9] + [1.5] * 38, [40, 40]),  # unless they do better by then
+        ([9.0] + [1.5] * 200, [1, 40, 5]),  # what was too fast says nothing of slower ones
+        ([1.5] * 38 + [0.9, 1.5], [40]),  # the first one may do better late
+    ],
+)
+def test_how_long_courses_go_on_in_vain(factors: list[float], passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = iter([1.0, *factors])
+    monkeypatch.setattr("onnxprune.distillation._agrees", lambda *given: True)
+    monkeypatch.setattr(Lesson, "losses", lambda self, batches, weights: {t.name: 0.1 * f for f in [next(made)] for t in self.wanted})
+    _, said = pruned(two_layers(), "distill", calibration=X, samples=64)
+    numbers = [int(line.split()[2]) for line in said if line.startswith("distilling, pass")]
+    starts = [i for i, number in enumerate(numbers) if number == 1]
+    assert [numbers[end - 1] for end in [*starts[1:], len(numbers)]] == passes
+    assert any("nothing does better" in line for line in said) == (0.9 not in factors)
+
+
 def test_one_number_of_one_sample_has_the_spread_of_the_samples() -> None:
     """And no more than that: a batch of one sample with one number would have none, and the loss no bounds."""
     model = two_layers()
