@@ -256,6 +256,9 @@ def test_the_rate_falls_to_the_last_step_where_the_model_takes_one_sample_at_onc
 @pytest.mark.parametrize(
     ("factors", "passes"),
     [
+        ([1 + i / 100 for i in range(1, 200)], [10, 5, 5]),  # ever worse
+        ([0.9 + i / 100 for i in range(200)], [11]),  # after the first pass
+        ([*[1 + i / 100 for i in range(1, 10)], 1.05, *[0.9] * 30], [40]),  # but not always
         ([1.5] * 200, [40, 5, 5]),  # in vain the whole way: slower ones have an eighth of it
         ([1.5] * 40 + [1.5, 0.9] + [1.5] * 38, [40, 40]),  # unless they do better by then
         ([9.0] + [1.5] * 200, [1, 40, 5]),  # what was too fast says nothing of slower ones
