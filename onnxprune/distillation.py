@@ -29,6 +29,10 @@ from onnxprune.seats import tensors_of, write
 Changes = dict[str, np.ndarray]
 RATE = 4e-3  # of a tensor's root mean square, a step
 SLOWER = (1, 8, 64)  # times, the next where nothing better was found
+PATIENCE = 8  # after a course in vain that was not lost, the part of the passes (1 / 8) by which a slower one must do better
+STEADY = (
+    4  # the part of the passes (1 / 4), and how many at the least, with each worse than the one before: it learns these samples by heart
+)
 LOST = 4  # times the loss at the start, after a pass: a course that ends there
 LEAST = 1e-2  # the root mean square of tensors that are smaller
 WORK = 5e13  # multiply-accumulates that all passes may take
@@ -78,12 +82,14 @@ def distilled(
             reason = "how its outputs change with its weights is not known" if found is None else "its gradient fails a finite difference"
             say(f"the model is not distilled: {reason}")
             return pruned
-        start = found.losses(tests, weights)
+        start, patience = found.losses(tests, weights), passes
         for times in SLOWER:
-            course = Course(RATE / times, passes, passes * many, seed)
-            best = _course(found, course, weights, start, seen, batch, tests, say)
+            course = Course(RATE / times, passes, passes * many, seed, patience)
+            best, lost = _course(found, course, weights, start, seen, batch, tests, say)
             if best is not weights:
                 break
+            if not lost:
+                patience = max(2, math.ceil(passes / PATIENCE))
     except OnnxPruneError as error:
         say(f"the model is not distilled: {error}")
         return pruned
@@ -105,12 +111,13 @@ def distilled(
 
 @dataclass(frozen=True)
 class Course:
-    """How fast, how often through the samples, and how many steps that are."""
+    """How fast, how often through the samples, and how many steps that are; patience: passes after which it ends with nothing better."""
 
     rate: float
     passes: int
     steps: int
     seed: int
+    patience: int
 
 
 def _passes(plan: Plan, seen: Samples) -> int:
@@ -136,10 +143,14 @@ def _course(
     batch: int,
     tests: Sequence[Arrays],
     say: Callable[[str], None],
-) -> Changes:
-    """The weights after the pass that does best on the tests, its outputs no worse than at the start; `start` itself where none does."""
+) -> tuple[Changes, bool]:
+    """The weights after the pass that does best on the tests, its outputs no worse than at the start, and whether the course was lost.
+
+    `start` itself where none does better.  At a high rate that may come late, when the rate has fallen; until then the loss goes up and
+    down.  What goes only up will not, and a course that is slow, after one that was not lost, shows early what it is worth.
+    """
     best, least, mine = start, losses, start
-    adam, step = Adam(), 0
+    adam, step, worse, last = Adam(), 0, 0, sum(losses.values())
     for number in range(course.passes):
         for feeds in _alike(seen.shuffled(course.seed + number), batch, seen):
             step += 1
@@ -150,11 +161,15 @@ def _course(
         now = found.losses(tests, mine)
         missed, before = (sum(each[t.name] for t in found.wanted if t.final) for each in (now, losses))
         say(f"distilling, pass {number + 1} of {course.passes}: on held-out samples the outputs miss {missed:.4f}, {before:.4f} at first")
-        if missed < before and sum(now.values()) < sum(least.values()):
+        total = sum(now.values())
+        if missed < before and total < sum(least.values()):
             best, least = mine, now
-        if not sum(now.values()) < LOST * sum(losses.values()):
+        if not total < LOST * sum(losses.values()):
+            return best, True
+        worse, last = worse + 1 if total > last else 0, total
+        if worse >= max(STEADY, course.passes / STEADY) or (best is start and number + 1 >= course.patience):
             break
-    return best
+    return best, False
 
 
 def mixed(feeds: Arrays, rng: np.random.Generator) -> Arrays:

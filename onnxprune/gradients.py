@@ -34,20 +34,21 @@ class NoRuleError(Exception):
 
 @dataclass
 class Tape:
-    """The nodes of a graph that is being written, and its constants by name."""
+    """The nodes of a graph that is being written, and its constants by name; prefix: of the names that it makes."""
 
+    prefix: str = PREFIX
     nodes: list[NodeProto] = field(default_factory=list)
     constants: dict[str, TensorProto] = field(default_factory=dict)
 
     def op(self, kind: str, *inputs: Value | None, output: int = 0, **given: Any) -> Value:
         """A node's output of this number."""
-        name = f"{PREFIX}{len(self.nodes)}"
+        name = f"{self.prefix}{len(self.nodes)}"
         made = [f"{name}.{i}" for i in range(output)] + [name]
         self.nodes.append(helper.make_node(kind, [v.name if v else "" for v in inputs], made, **given))
         return Value(self, name)
 
     def constant(self, array: Any, dtype: type = np.float32) -> Value:
-        name = f"{PREFIX}constant {len(self.constants)}"
+        name = f"{self.prefix}constant {len(self.constants)}"
         self.constants[name] = numpy_helper.from_array(np.asarray(array, dtype), name)
         return Value(self, name)
 
@@ -162,8 +163,16 @@ class Site:
             raise NoRuleError
         return self.arrays[name]
 
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return attributes(self.node)
+
     def get(self, name: str, default: Any = None) -> Any:
-        return attributes(self.node).get(name, default)
+        return self.attributes.get(name, default)
+
+    def text(self, name: str, default: str) -> str:
+        """Of an attribute."""
+        return str(self.get(name, default))
 
     def fit(self, position: int, value: Value, shape: Sequence[int] | None = None) -> Value:
         """Summed over what was broadcast of an input; shape: of the value, by default the output's."""
@@ -210,11 +219,13 @@ def backward(
     shapes: Mapping[str, tuple[int, ...]],
     arrays: Mapping[str, np.ndarray],
     floats: Collection[str],
+    kinds: Mapping[str, int] | None = None,
 ) -> Backward:
     """The backward pass of a model's main graph from some of its values to those of the weights whose gradient is known in full.
 
     shapes: of every value and tensor; arrays: those that do not depend on what the samples are; floats: the values and tensors that
-    are floating-point numbers.  What has no shape (a sequence) may hold them.
+    are floating-point numbers; kinds: the types (of `TensorProto`) of the others, by default truth values.  What has no shape (a
+    sequence) may hold floats.
     """
     tape = Tape()
     opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 1)
@@ -239,7 +250,7 @@ def backward(
                 known.setdefault(name, []).append(change)
         broken.update(set(read) - {name for name, change in zip(node.input, back, strict=False) if change is not None})
     found = {name: total for name in weights if name not in broken and (total := _total(tape, known, name)) is not None}
-    return _assembled(tape, {name: value.name for name, value in found.items()}, starts, proto, set(weights), shapes, floats)
+    return _assembled(tape, {name: value.name for name, value in found.items()}, starts, proto, set(weights), shapes, floats, kinds or {})
 
 
 def _passed(site: Site) -> Sequence[Value | None]:
@@ -264,13 +275,14 @@ def _assembled(
     changing: Collection[str],
     shapes: Mapping[str, tuple[int, ...]],
     floats: Collection[str],
+    kinds: Mapping[str, int],
 ) -> Backward:
     """The nodes that the weights' changes need, in order, with inputs and outputs; tensors that never change are constants."""
     needed, alive = set(weights.values()), []
     for node in reversed(tape.nodes):
         if needed.intersection(node.output):
             alive.append(node)
-            needed.update(node.input)
+            needed.update((*node.input, *captured(node)))
     made = {name for node in alive for name in node.output}
     model = ModelProto(ir_version=IR, opset_import=[helper.make_opsetid("", OPSET)])
     graph = model.graph
@@ -280,8 +292,8 @@ def _assembled(
     graph.initializer.extend(tensor for name, tensor in fixed.items() if name in needed)
     given = sorted(needed - made - set(fixed) - {""})
     mine = {name: end for end, name in starts.items()}
-    for name in given:  # what rules read is float, but for the conditions of Where
-        kind = TensorProto.FLOAT if name in mine or name in floats else TensorProto.BOOL
+    for name in given:  # what rules read is float, but for the conditions of Where and the places of Gather
+        kind = TensorProto.FLOAT if name in mine or name in floats else kinds.get(name, TensorProto.BOOL)
         graph.input.append(helper.make_tensor_value_info(name, kind, shapes[mine.get(name, name)]))
     ends = {value: name for name, value in weights.items()}
     graph.output.extend(helper.make_tensor_value_info(value, TensorProto.FLOAT, shapes[name]) for value, name in ends.items())

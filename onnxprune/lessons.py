@@ -37,7 +37,8 @@ LAST = ("Softmax", "LogSoftmax", "Sigmoid")
 DRAWN = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 WEIGHED = {  # which inputs of which operators are weights
     **dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), (1, 2)),
-    **dict.fromkeys(("LayerNormalization", "BatchNormalization", "InstanceNormalization"), (1, 2)),
+    **dict.fromkeys(("LayerNormalization", "BatchNormalization", "InstanceNormalization", "GroupNormalization"), (1, 2)),
+    "LSTM": (1, 2, 3),
     **dict.fromkeys(("RMSNormalization", "SimplifiedLayerNormalization", "PRelu"), (1,)),
     **dict.fromkeys(("MatMul", "Einsum", "Add", "Mul"), (0, 1)),
     "Sub": (1,),
@@ -231,6 +232,7 @@ def lesson(plan: Plan, pruned: ModelProto, weights: Arrays, some: Sequence[Array
     known = {name: array for name, array in seen.items() if isinstance(array, np.ndarray)} | constants
     shapes = {name: array.shape for name, array in known.items()}
     floats = {name for name, array in known.items() if array.dtype == np.float32}
+    kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in known.items()}
     free = _free(pruned)
     steady = {name: array for name, array in known.items() if array.dtype.kind in "iub" and array.size <= SMALL and name not in free}
     del seen, known, everything
@@ -240,7 +242,7 @@ def lesson(plan: Plan, pruned: ModelProto, weights: Arrays, some: Sequence[Array
         steady = {name: array for name, array in steady.items() if np.array_equal(array, again.get(name, array))}
     steady |= {name: array for name, array in constants.items() if array.size <= SMALL}
     wanted = [target for target in targets(plan, pruned) if target.name in floats]
-    graph = backward(pruned, [target.name for target in wanted], list(weights), shapes, steady, floats)
+    graph = backward(pruned, [target.name for target in wanted], list(weights), shapes, steady, floats, kinds)
     if not graph.weights:
         return None
     original, widths = Tap(plan.grouping.model.proto, [target.name for target in wanted]), Widths(plan.grouping, plan.remove)

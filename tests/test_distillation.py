@@ -253,6 +253,29 @@ def test_the_rate_falls_to_the_last_step_where_the_model_takes_one_sample_at_onc
     assert rates[-1] < 1e-3 * max(rates)
 
 
+@pytest.mark.parametrize(
+    ("factors", "passes"),
+    [
+        ([1 + i / 100 for i in range(1, 200)], [10, 5, 5]),  # ever worse
+        ([0.9 + i / 100 for i in range(200)], [11]),  # after the first pass
+        ([*[1 + i / 100 for i in range(1, 10)], 1.05, *[0.9] * 30], [40]),  # but not always
+        ([1.5] * 200, [40, 5, 5]),  # in vain the whole way: slower ones have an eighth of it
+        ([1.5] * 40 + [1.5, 0.9] + [1.5] * 38, [40, 40]),  # unless they do better by then
+        ([9.0] + [1.5] * 200, [1, 40, 5]),  # what was too fast says nothing of slower ones
+        ([1.5] * 38 + [0.9, 1.5], [40]),  # the first one may do better late
+    ],
+)
+def test_how_long_courses_go_on_in_vain(factors: list[float], passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = iter([1.0, *factors])
+    monkeypatch.setattr("onnxprune.distillation._agrees", lambda *given: True)
+    monkeypatch.setattr(Lesson, "losses", lambda self, batches, weights: {t.name: 0.1 * f for f in [next(made)] for t in self.wanted})
+    _, said = pruned(two_layers(), "distill", calibration=X, samples=64)
+    numbers = [int(line.split()[2]) for line in said if line.startswith("distilling, pass")]
+    starts = [i for i, number in enumerate(numbers) if number == 1]
+    assert [numbers[end - 1] for end in [*starts[1:], len(numbers)]] == passes
+    assert any("nothing does better" in line for line in said) == (0.9 not in factors)
+
+
 def test_one_number_of_one_sample_has_the_spread_of_the_samples() -> None:
     """And no more than that: a batch of one sample with one number would have none, and the loss no bounds."""
     model = two_layers()
@@ -268,8 +291,8 @@ def test_one_number_of_one_sample_has_the_spread_of_the_samples() -> None:
     assert 0 < float(first.split()[-3]) < 10
 
 
-def test_places_that_the_samples_say_are_no_constants() -> None:
-    """Rows gathered by an input: the gradient before them is not known, even where the first batch is the only one."""
+def test_places_that_the_samples_say_are_those_of_each_batch() -> None:
+    """Rows gathered by an input, even where the first batch is the only one that the lesson has seen."""
     model = two_layers()
     model.graph.node[2].input[0] = "picked"
     model.graph.node.insert(2, helper.make_node("Gather", ["two", "rows"], ["picked"], axis=0))
@@ -279,7 +302,14 @@ def test_places_that_the_samples_say_are_no_constants() -> None:
     weights = {name: array for name, array in weights_of(lifted).items() if name in trainable(lifted)}
     found = lesson(plan, lifted, weights, [{"x": X["x"][:8], "rows": np.arange(8)[::-1].copy()}])
     assert found is not None
-    assert set(found.graph.weights) == {"b", "q"}
+    assert set(found.graph.weights) == {"a", "p", "b", "q"}
+    other = {"x": X["x"][8:16], "rows": np.array([2, 2, 2, -1, 0, 5, 5, 1])}
+    _, change = found.gradient(other, weights)
+    for name, array in change.items():
+        length = 1e-3 / float(np.abs(array).max())
+        ends = (sum(found.losses([other], weights | {name: weights[name] + np.float32(s * length) * array}).values()) for s in (1, -1))
+        up, down = ends
+        assert (up - down) / (2 * length) == pytest.approx(float(np.sum(np.square(array))), rel=0.05), name
 
 
 def test_samples_are_mixed_only_where_all_inputs_are_floats() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import string
 from collections.abc import Sequence
+
+import numpy as np
 
 from onnxprune.gradients import NoRuleError, Site, Value, adjoint
 from onnxprune.linear import geometry
@@ -92,16 +96,58 @@ def _weighed(site: Site, window: Convolution, large: Value, small: Value, wide: 
 
 @adjoint("Einsum")
 def einsum(site: Site) -> Sequence[Value | None]:
-    """Of two factors, each of whose letters stands in the other or in the result."""
-    equation = site.get("equation", b"")
-    equation = (equation.decode() if isinstance(equation, bytes) else equation).replace(" ", "")
-    terms, arrow, out = equation.partition("->")
-    factors = terms.split(",")
-    if len(factors) != 2 or not arrow or "." in equation or any(len(set(t)) < len(t) for t in (*factors, out)):
-        raise NoRuleError
-    found = []
-    for mine, other, value in ((*factors, site.x[1]), (factors[1], factors[0], site.x[0])):
-        if set(mine) - set(other) - set(out):
+    """Of factors each of whose letters stands in another one or in the result, with one size."""
+    terms, out = _letters(site)
+    sizes: dict[str, int] = {}
+    for term, shape in zip(terms, map(site.shape, range(len(terms))), strict=True):
+        if len(set(term)) < len(term) or any(sizes.setdefault(letter, n) != n for letter, n in zip(term, shape, strict=True)):
             raise NoRuleError
-        found.append(site.tape.op("Einsum", site.g, value, equation=f"{out},{other}->{mine}"))
+    found = []
+    for i, mine in enumerate(terms):
+        others = [j for j in range(len(terms)) if j != i]
+        if set(mine) - set(out).union(*(terms[j] for j in others)):
+            raise NoRuleError
+        equation = ",".join([out, *(terms[j] for j in others)]) + "->" + mine
+        found.append(site.tape.op("Einsum", site.g, *(site.x[j] for j in others), equation=equation))
     return found
+
+
+def _letters(site: Site) -> tuple[list[str], str]:
+    """The factors and the result of an equation, with letters of its own in the place of dots."""
+    left, arrow, out = site.text("equation", "").replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow:
+        raise NoRuleError
+    free = [letter for letter in string.ascii_uppercase if letter not in left]
+    many = {len(site.shape(i)) - len(term.replace("...", "")) for i, term in enumerate(terms) if "..." in term}
+    if len(many) > 1 or max(many, default=0) > len(free):  # some are broadcast
+        raise NoRuleError
+    dots = "".join(free[: max(many, default=0)])
+    return [term.replace("...", dots) for term in terms], out.replace("...", dots)
+
+
+@adjoint("Attention")
+def attention(site: Site) -> Sequence[Value | None]:
+    """Of heads along axis 1, as many keys and values as queries; its shares are computed again."""
+    queries, keys = site.shape(0), site.shape(1)
+    plain = not any(site.has(i) for i in (4, 5, 6)) and not site.get("softcap", 0.0)
+    if len(queries) != 4 or queries[:2] != keys[:2] or not plain:
+        raise NoRuleError
+    q, k, v = site.x[:3]
+    scale = site.get("scale", 1 / math.sqrt(queries[3]))
+    shares = site.tape.op("Softmax", (q @ _flipped(k, 4)) * scale + _mask(site, queries[2], keys[2]), axis=3)
+    shares = shares.where(site.tape.op("Not", site.tape.op("IsNaN", shares)))
+    back = site.g @ _flipped(v, 4)
+    back = shares * (back - (back * shares).sum([3])) * scale
+    return back @ k, _flipped(back, 4) @ q, _flipped(shares, 4) @ site.g
+
+
+def _mask(site: Site, queries: int, keys: int) -> Value:
+    """What is added before the softmax, a constant."""
+    mask = site.array(3) if site.has(3) else np.float32(0)
+    mask = np.where(mask, 0, -np.inf) if mask.dtype == bool else mask
+    if site.get("is_causal", 0):
+        if queries != keys:
+            raise NoRuleError
+        mask = mask + np.triu(np.full((queries, keys), -np.inf), 1)
+    return site.tape.constant(mask)

@@ -62,15 +62,16 @@ def global_average_pool(site: Site) -> Sequence[Value | None]:
     return (_spread(site, site.g * (1 / max(1, math.prod(site.shape()[2:])))),)
 
 
-def _pads(site: Site, dilations: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Padding before and after each spatial axis: what there is, and what of it is reached."""
-    kernel, strides = site.get("kernel_shape"), site.get("strides") or [1] * (len(site.out) - 2)
-    if site.get("auto_pad", b"NOTSET") not in (b"NOTSET", "NOTSET", b"VALID", "VALID"):
-        raise NoRuleError
-    before = list(site.get("pads") or [0] * 2 * len(kernel))[: len(kernel)]
-    sizes = zip(site.shape()[2:], site.out[2:], kernel, strides, dilations, before, strict=True)
-    after = [(o - 1) * s + (k - 1) * d + 1 - n - b for n, o, k, s, d, b in sizes]
-    return before, after
+def _pads(site: Site, reach: Sequence[int], strides: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Padding before and after each spatial axis; reach: from the first to the last place of a window."""
+    auto, rank = site.text("auto_pad", "NOTSET"), len(reach)
+    if not auto.startswith("SAME"):
+        given = (site.get("pads") if auto == "NOTSET" else None) or [0] * 2 * rank
+        return list(given[:rank]), list(given[rank:])
+    sizes = zip(site.shape()[2:], site.out[2:], reach, strides, strict=True)
+    whole = [max((o - 1) * s + r - n, 0) for n, o, r, s in sizes]
+    less, more = [n // 2 for n in whole], [n - n // 2 for n in whole]
+    return (less, more) if auto == "SAME_UPPER" else (more, less)
 
 
 @adjoint("AveragePool")
@@ -79,8 +80,9 @@ def average_pool(site: Site) -> Sequence[Value | None]:
     kernel = list(site.get("kernel_shape"))
     strides = list(site.get("strides") or [1] * len(kernel))
     dilations = list(site.get("dilations") or [1] * len(kernel))
-    before, after = _pads(site, dilations)
-    declared = list(site.get("pads") or [0] * 2 * len(kernel))[len(kernel) :]
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    before, declared = _pads(site, reach, strides)
+    after = [(o - 1) * s + r - n - b for n, o, s, r, b in zip(site.shape()[2:], site.out[2:], strides, reach, before, strict=True)]
     include = bool(site.get("count_include_pad", 0))
     counts = np.ones(site.out[2:])
     sizes = zip(site.shape()[2:], site.out[2:], kernel, strides, dilations, before, declared, strict=True)
@@ -125,31 +127,3 @@ def _scattered(site: Site, where: Value) -> Value:
     zeros = site.tape.op("ConstantOfShape", site.tape.integers([math.prod(site.shape())]))
     flat = site.tape.op("ScatterElements", zeros, where.reshape([-1]), site.g.reshape([-1]), axis=0, reduction="add")
     return flat.reshape(site.shape())
-
-
-@adjoint("Resize", "Upsample")
-def resize(site: Site) -> Sequence[Value | None]:
-    """Of nearest neighbours at a whole factor: the sum of each block."""
-    floor = ("asymmetric", "floor"), ("", "floor")
-    middle = ("half_pixel", "round_prefer_floor"), ("half_pixel", "round_prefer_ceil"), ("pytorch_half_pixel", "round_prefer_floor")
-    where = [_text(site, "coordinate_transformation_mode", "half_pixel"), _text(site, "nearest_mode", "round_prefer_floor")]
-    where = ["", "floor"] if site.node.op_type == "Upsample" or site.opset < 11 else where
-    if _text(site, "mode", "nearest") != "nearest" or tuple(where) not in (*floor, *middle):
-        raise NoRuleError
-    shape, out = site.shape(), site.out
-    if any(o % n for o, n in zip(out, shape, strict=True)) or any(scale % 1 for scale in _scales(site)):
-        raise NoRuleError
-    apart = [n for o, n in zip(out, shape, strict=True) for n in (n, o // n)]
-    return (site.g.reshape(apart).sum(list(range(1, 2 * len(shape), 2)), keepdims=False),)
-
-
-def _scales(site: Site) -> list[float]:
-    """What is given of them: sizes may be rounded."""
-    position = 1 if site.node.op_type == "Upsample" or site.opset < 11 else 2
-    given = site.array(position) if site.has(position) else np.asarray(site.get("scales", []))
-    return [float(scale) for scale in given.ravel()]
-
-
-def _text(site: Site, name: str, default: str) -> str:
-    given = site.get(name, default)
-    return given.decode() if isinstance(given, bytes) else str(given)
