@@ -155,7 +155,7 @@ def choose(
     shares: {group: share} of groups whose ratio the user gave; cut: residual branches that go as well; losses: {group: what is
     lost at each number of units removed, (units + 1,)}, which are then split instead of the scores.  Where the budget's measure
     has steps, widths end where one ends: what is within a step costs nothing more.  near: what the budget may be missed by before
-    widths leave those of the rule.  Where the budget is out of reach, the closest is returned.
+    widths leave those of the rule.  Where the budget is out of reach, the closest found is returned, or by losses what loses least.
     """
     limits, shares = limits or Limits(), dict(shares or {})
     units = {g.id: g.units for g in grouping.groups}
@@ -221,7 +221,8 @@ def choose(
     else:
         best = _nudge(best, units, coarse, miss, free)
         if abs(miss(best)) > near and len(best) <= FEW:
-            best = landed(best, {g: levels_of(g) for g in sorted(free & set(best))}, units, miss, near)
+            other = landed(best, {g: levels_of(g) for g in sorted(free & set(best))}, units, miss, near)
+            best = other if losses is None or abs(miss(other)) <= near else best  # what only comes nearer may lose far more
     best = {g: n if g in shares else limits.end(g, units[g], n, cost.steps.get(g, 1)) for g, n in best.items()}
     remove = {b: np.zeros(1, np.int64) for b in cut}
     for g, keep in best.items():

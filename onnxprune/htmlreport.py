@@ -93,7 +93,7 @@ def _lead(result: Result) -> str:
     of = WORDS.get(str(options.get("of")), str(options.get("of")))
     if "ratio" not in options:
         return f"{result.reached:.1%} of it went."
-    asked = "" if result.on_budget else "; that is the closest that its groups allow"
+    asked = "" if result.on_budget else "; that is the closest found"
     return f"{result.reached:.1%} of its {of} went; {options['ratio']:.1%} was asked{asked}."
 
 

@@ -198,7 +198,9 @@ def prune(
             report.hint_alignment(out, measured, result)
         report.show_cautions(out, told)
     if not result.on_budget:
-        complain(f"the budget is out of reach: {result.reached:.1%} of {chosen['of']} went, {ratio:.1%} was asked; {target} is the closest")
+        complain(
+            f"the budget is out of reach: {result.reached:.1%} of {chosen['of']} went, {ratio:.1%} was asked; {target} is the closest found"
+        )
     missed = [gate for gate in passed if not gate.passed]
     if missed:
         complain(f"--fail-under: {'; '.join(map(str, missed))}; {target} is written all the same")

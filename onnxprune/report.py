@@ -119,7 +119,7 @@ def show_result(console: Console, result: Result, ratio: float | None, of: str) 
     elif ratio is not None and sizes:
         console.print(f"counted and timed at {escape(sizes)}")
     if ratio is not None and not result.on_budget:
-        console.print(f"[yellow]asked for {ratio:.1%} of {of}; {result.reached:.1%} is the closest that the groups allow[/]")
+        console.print(f"[yellow]asked for {ratio:.1%} of {of}; {result.reached:.1%} is the closest found[/]")
 
 
 def _bar(share: float, width: int) -> str:
