@@ -144,6 +144,8 @@ def prune(
     check_allocation(allocation, given)
     check_compensation(compensation, given)
     check_floor(min_keep)
+    if samples is not None and not given:
+        raise OnnxPruneError("--samples says how many samples of --calibration are used; give that too (data, or 'noise')")
     if steps < 1:
         raise OnnxPruneError(f"steps is {steps}; it is a number of rounds, 1 at least")
     check_align(align, target)

@@ -14,6 +14,7 @@ import onnxruntime as ort
 import pytest
 from conftest import MODELS, SHARED, two_layers
 
+import onnxprune
 from onnxprune.calibration import Samples, read_calibration
 from onnxprune.errors import OnnxPruneError
 from onnxprune.importer import Model, load
@@ -503,3 +504,10 @@ def test_two_layers_run_on_every_kind_of_batch() -> None:
     session = ort.InferenceSession(two_layers().SerializeToString(), providers=["CPUExecutionProvider"])
     for feeds in read_calibration({"x": np.arange(20).reshape(5, 4)}, load(two_layers())).batches(2):
         assert session.run(None, feeds)[0].shape == (len(feeds["x"]), 3)
+
+
+@pytest.mark.parametrize("calibration", [None, "none"])
+def test_a_number_of_samples_without_samples_is_refused(calibration: str | None) -> None:
+    with pytest.raises(OnnxPruneError, match="--samples .* --calibration") as raised:
+        onnxprune.prune(MODELS / "digits-mlp.onnx", 0.3, calibration=calibration, samples=5)
+    assert raised.value.exit_code == 2
