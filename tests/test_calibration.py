@@ -508,6 +508,6 @@ def test_two_layers_run_on_every_kind_of_batch() -> None:
 
 @pytest.mark.parametrize("calibration", [None, "none"])
 def test_a_number_of_samples_without_samples_is_refused(calibration: str | None) -> None:
-    with pytest.raises(OnnxPruneError, match="--samples .* --calibration") as raised:
+    with pytest.raises(OnnxPruneError, match=r"--samples .* --calibration") as raised:
         onnxprune.prune(MODELS / "digits-mlp.onnx", 0.3, calibration=calibration, samples=5)
     assert raised.value.exit_code == 2
