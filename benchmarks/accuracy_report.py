@@ -201,7 +201,7 @@ def cube(rows: list[Row], default: dict[str, str]) -> str:
             continue
         ranked = sorted(found, key=lambda row: -row["accuracy"])
         own = options(found, criterion=default["criterion"], allocation=default["allocation"])
-        first, *_, last = ranked
+        first, last = ranked[0], ranked[-1]
         values = [
             f"{100 * row['accuracy']:.1f} (`{row['options']['criterion']}`, `{row['options']['allocation']}`)" for row in (first, last)
         ]
