@@ -50,8 +50,6 @@ Arrays = Mapping[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
 Progress = Callable[[str], None]
 Calibration = str | os.PathLike[str] | Arrays | Callable[[], Any]
-FEW = 256  # samples on which the result is compared with the original
-ROUNDS = 4  # of planning without the groups whose removal fails the proof
 
 
 def groups(

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -15,9 +15,6 @@ from click.shell_completion import CompletionItem
 from onnxprune.errors import OnnxPruneError
 from onnxprune.helptext import Grouped
 from onnxprune.terminal import complain, warnings_told
-
-if TYPE_CHECKING:
-    pass
 
 INTERRUPTED = 130
 NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())  # from click 8.2 on
