@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxprune.completion import FILE, one_of, providers
+from onnxprune.completion import FILE
 from onnxprune.errors import OnnxPruneError
 from onnxprune.helptext import Grouped
 from onnxprune.options import (
@@ -246,19 +246,9 @@ def _macs(model: Any) -> int:
 @options(
     FEEDS,
     click.option("--batch", metavar="N", type=click.IntRange(1), help="Size of the symbolic first axis."),
-    click.option(
-        "--threads", metavar="N", type=click.IntRange(0), default=1, show_default=True, help="onnxruntime's threads; 0: its own default."
-    ),
     click.option("--warmup", metavar="N", type=click.IntRange(0), default=3, show_default=True, help="Runs before the clock starts."),
     click.option("--seconds", metavar="S", type=click.FloatRange(0), default=2.0, show_default=True, help="Time to spend on each model."),
-    click.option(
-        "--provider",
-        shell_complete=one_of(providers),
-        metavar="NAME",
-        default="CPUExecutionProvider",
-        show_default=True,
-        help="onnxruntime provider.",
-    ),
+    DEVICE,
     JSON,
     QUIET,
 )
