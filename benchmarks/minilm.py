@@ -73,12 +73,15 @@ def encoder(folder: Path) -> Any:
     """The trained module: token ids, mask and segments, each (batch, 64), to unit embeddings (batch, 384)."""
     import torch
 
-    library = torch.library.Library("torchvision", "DEF")  # transformers imports torchvision, whose binary may be missing
-    for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor", "qnms(Tensor dets, Tensor scores, float t) -> Tensor"):
-        try:
+    try:  # transformers imports torchvision, whose binary may be missing
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        library = torch.library.Library("torchvision", "DEF")
+        for schema in (
+            "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+            "qnms(Tensor dets, Tensor scores, float t) -> Tensor",
+        ):
             library.define(schema)
-        except RuntimeError:
-            break
     from transformers import BertModel
 
     class Encoder(torch.nn.Module):
