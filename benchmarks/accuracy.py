@@ -3,7 +3,8 @@
     pip install '.[peers,bench]' && python benchmarks/minilm.py build/accuracy --texts FOLDER
     python benchmarks/accuracy.py --part peers ours ablation minilm others
 
-One row is one result, made in a process of its own and measured by onnxruntime on data kept for reporting.  The rows are kept
+One row is one result, made in a process of its own (or, `--together`, with all of its criterion) and measured by onnxruntime on
+data kept for reporting.  The rows are kept
 in docs/accuracy.json as they come: what is there is not run again.  docs/accuracy.md and docs/accuracy.svg are drawn from all
 rows.  benchmarks/README.md says what each part and column is.
 """
@@ -16,8 +17,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,10 +88,23 @@ def jobs(part: str, args: argparse.Namespace) -> Iterator[Job]:
             yield from (ours(part, model, ratio, seed, options) for seed in args.seeds for options in settings)
 
 
-# one job, in a process of its own
+# a process: one job, or those that share what they read and measure
 
 
-def child(job: Job, folder: Path) -> list[Row]:
+def child(jobs: Sequence[Job], folder: Path) -> Iterator[list[Row]]:
+    """The rows of each job, which are of one model, ratio, seed, criterion and calibration where there are several."""
+    if len(jobs) == 1:
+        yield alone(jobs[0], folder)
+    else:
+        from accuracy_grid import together
+
+        path = accuracy_data.model_path(jobs[0].model, folder)
+        made = together(jobs, calibrated(jobs[0], folder), path, accuracy_data.feeds(jobs[0].model))
+        for job, result in zip(jobs, made, strict=True):
+            yield [{"method": job.method} | measured(job, result, folder)]
+
+
+def alone(job: Job, folder: Path) -> list[Row]:
     """The rows of a job: a peer's method gives one for its result and one for what it does after pruning."""
     path = accuracy_data.model_path(job.model, folder)
     calibration = accuracy_data.arrays_path(job.model, folder, "calibration")
@@ -106,25 +122,25 @@ def child(job: Job, folder: Path) -> list[Row]:
         return rows
     import onnxprune
 
-    names: dict[str, Any] = dict(job.options)
-    kind, _, count = names["calibration"].partition(":")
-    if kind == "data":
-        names["calibration"] = first(calibration, int(count)) if count else str(calibration)
-    names["feeds"] = accuracy_data.feeds(job.model)
+    names: dict[str, Any] = {**job.options, "calibration": calibrated(job, folder), "feeds": accuracy_data.feeds(job.model)}
     steps: list[Step] = []
     start = time.perf_counter()
     note(steps, "reading the model")
     result = onnxprune.prune(str(path), job.ratio, seed=job.seed, progress=lambda text: note(steps, text), **names)
     note(steps, "")
     largest = max(size for _, _, size in steps)
-    row = {"method": job.method, "seconds": time.perf_counter() - start, "mib": largest, "steps": took(steps)}
+    row = {"method": job.method, "seconds": time.perf_counter() - start, "mib": largest, "steps": times(steps)}
     return [row | measured(job, result.model, folder)]
 
 
-def first(path: Path, count: int) -> dict[str, np.ndarray]:
-    """The first samples of a file of arrays."""
+def calibrated(job: Job, folder: Path) -> Any:
+    """What onnxprune takes as calibration: the file of arrays, the first samples in it, or a name of its own."""
+    kind, _, count = job.options["calibration"].partition(":")
+    path = accuracy_data.arrays_path(job.model, folder, "calibration")
+    if kind != "data" or not count:
+        return str(path) if kind == "data" else kind
     with np.load(path) as content:
-        return {name: content[name][:count] for name in content.files}
+        return {name: content[name][: int(count)] for name in content.files}
 
 
 Step = tuple[str, float, float]
@@ -137,7 +153,7 @@ def note(steps: list[Step], text: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def took(steps: list[Step]) -> list[tuple[str, float, float]]:
+def times(steps: list[Step]) -> list[tuple[str, float, float]]:
     """(step, seconds, peak MiB) of each step; what reports its progress often is one step."""
     found: dict[str, tuple[float, float]] = {}
     for (name, start, _), (_, end, size) in itertools.pairwise(steps):
@@ -207,19 +223,41 @@ def measured(job: Job, model: Any, folder: Path) -> Row:
     return row
 
 
-def in_a_process(job: Job, args: argparse.Namespace) -> list[Row]:
-    """`child` in a process of its own; `failed` says why where it did not end well."""
-    line = [sys.executable, __file__, "--child", json.dumps(asdict(job)), "--data", str(args.data)]
-    common = {"part": job.part, "model": job.model, "ratio": job.ratio, "seed": job.seed, "options": job.options, "job": job.key}
-    try:
-        done = subprocess.run(line, capture_output=True, text=True, timeout=args.limit, check=False)
-        last = (done.stdout.strip().splitlines() or [""])[-1]
-        if done.returncode == 0 and last.startswith("["):
-            return [common | row for row in json.loads(last)]
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]
-    except subprocess.TimeoutExpired:
-        reason = f"over {args.limit:.0f} s"
-    return [common | {"method": job.method, "failed": reason, "crashed": True}]
+def in_a_process(jobs: Sequence[Job], args: argparse.Namespace) -> Iterator[tuple[Job, list[Row]]]:
+    """`child` in a process of its own, each job as it comes; `failed` says why where the others did not end well."""
+    line = [sys.executable, __file__, "--child", json.dumps([asdict(job) for job in jobs]), "--data", str(args.data)]
+    left = list(jobs)
+    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(line, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+        clock = threading.Timer(args.limit, process.kill)
+        clock.start()
+        for text in process.stdout or ():
+            if text.startswith("[") and left:
+                job = left.pop(0)
+                yield job, [common(job) | row for row in json.loads(text)]
+        stopped = not clock.is_alive()
+        clock.cancel()
+        code = process.wait()
+        errors.seek(0)
+        last = (errors.read().strip().splitlines() or [f"exit code {code}"])[-1][:200]
+    for job in left:
+        yield job, [common(job) | {"method": job.method, "failed": f"over {args.limit:.0f} s" if stopped else last, "crashed": True}]
+
+
+def common(job: Job) -> Row:
+    return {"part": job.part, "model": job.model, "ratio": job.ratio, "seed": job.seed, "options": job.options, "job": job.key}
+
+
+def batches(jobs: Sequence[Job], together: bool) -> list[list[Job]]:
+    """The jobs of each process: one, or with `together` those of onnxprune that share model, ratio, seed, criterion and calibration."""
+
+    def shared(job: Job) -> str:
+        what = [job.model, job.ratio, job.seed, job.options["criterion"], job.options["calibration"]] if job.options else []
+        return json.dumps(what) if together and what else job.key
+
+    found: dict[str, list[Job]] = {}
+    for job in jobs:
+        found.setdefault(shared(job), []).append(job)
+    return list(found.values())
 
 
 def main() -> None:
@@ -253,21 +291,26 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=ROOT / "docs" / "accuracy.md")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "accuracy.svg")
     parser.add_argument("--again", action="store_true", help="run what is already there once more")
+    parser.add_argument(
+        "--together", action="store_true", help="all of a criterion in one process, which reads and measures once; --limit is for all of it"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(child(Job(**json.loads(args.child)), args.data)))
+        for made in child([Job(**job) for job in json.loads(args.child)], args.data):
+            print(json.dumps(made), flush=True)
         return
     rows: list[Row] = json.loads(args.json.read_text()) if args.json.is_file() else []
     done = {row["job"] for row in rows if "crashed" not in row and not args.again}
     todo = {job.key: job for part in args.part for job in jobs(part, args) if job.key not in done}
-    for number, job in enumerate(todo.values(), 1):
-        made = in_a_process(job, args)
+    results = (result for batch in batches(list(todo.values()), args.together) for result in in_a_process(batch, args))
+    for number, (job, made) in enumerate(results, 1):
         rows = [row for row in rows if row["job"] != job.key] + made
         args.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
         for row in made:
             metric = SUBJECTS[job.model].measure
-            said = row.get("failed") or f"{metric} {row[metric]:.4f} at {row['macs']:.3f} of the MACs gone, {row['seconds']:.1f} s"
+            took = f", {row['seconds']:.1f} s" if "seconds" in row else ""
+            said = row.get("failed") or f"{metric} {row[metric]:.4f} at {row['macs']:.3f} of the MACs gone{took}"
             print(f"{number}/{len(todo)} {job.model} {job.ratio} {row['method']} (seed {job.seed}): {said}", file=sys.stderr, flush=True)
     if rows:
         args.table.write_text(markdown(rows, args.default, args.free))

@@ -12,7 +12,6 @@ Near is the cosine between the outputs of what is left and the whole model's, wi
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import io
 import json
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import onnx
 import torch
+from torchvision_operators import import_torchvision
 
 from onnxprune import api
 from onnxprune.cost import count_macs
@@ -41,10 +41,7 @@ from onnxprune.stopwatch import Stopwatch
 
 HALF = 0.5
 Row = dict[str, Any]
-LIBRARY = torch.library.Library("torchvision", "DEF")  # torchvision looks them up; its binary may be missing
-for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor", "qnms(Tensor dets, Tensor scores, float t) -> Tensor"):
-    with contextlib.suppress(RuntimeError):
-        LIBRARY.define(schema)
+import_torchvision()
 
 
 def eight(width: float) -> int:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torchvision_operators import import_torchvision
 
 LENGTH = 64
 CALIBRATION, EVALUATION = 2048, 500
@@ -73,15 +74,7 @@ def encoder(folder: Path) -> Any:
     """The trained module: token ids, mask and segments, each (batch, 64), to unit embeddings (batch, 384)."""
     import torch
 
-    try:  # transformers imports torchvision, whose binary may be missing
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):
-        library = torch.library.Library("torchvision", "DEF")
-        for schema in (
-            "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-            "qnms(Tensor dets, Tensor scores, float t) -> Tensor",
-        ):
-            library.define(schema)
+    import_torchvision()  # transformers does
     from transformers import BertModel
 
     class Encoder(torch.nn.Module):

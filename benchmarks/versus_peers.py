@@ -59,15 +59,9 @@ class Tool:
 def torch_model(name: str) -> Any:
     """An architecture of torchvision, seeded, in evaluation mode."""
     import torch
+    from torchvision_operators import import_torchvision
 
-    library = torch.library.Library("torchvision", "DEF")  # torchvision looks them up; its binary may be missing
-    for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor", "qnms(Tensor dets, Tensor scores, float t) -> Tensor"):
-        try:
-            library.define(schema)
-        except RuntimeError:
-            break
-    import torchvision
-
+    torchvision = import_torchvision()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = getattr(torchvision.models, name)(weights=None).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -57,15 +58,13 @@ def scored(grouping: Grouping, ids: Collection[int], name: str, seed: int, study
     return {g.id: score(grouping.model, g, np.random.default_rng([seed, g.id])) for g in groups}
 
 
-def losses_of(grouping: Grouping, scores: Mapping[int, np.ndarray], allocation: str, study: Study) -> Losses:
-    """What the outputs lose at each number of units removed, where the allocation goes by that; None otherwise."""
-    if allocation not in MEASURED:
-        return None
+def measured_losses(grouping: Grouping, scores: Mapping[int, np.ndarray], study: Study) -> dict[int, np.ndarray]:
+    """{group: what the outputs lose at each number of its units removed, (units + 1,)}, by prunings of single groups on samples."""
     runs = len(RATIOS) * len(scores) * max(1.0, study.macs)
     fit, held = study.trials(int(min(MOST, max(LEAST, WORK / max(1.0, runs)))))
     turned = study.turned
     order = {**scores, **{g: turned.scores[g] for g in scores if g in turned.scores}}
-    found = curves(
+    return curves(
         replace(grouping, model=turned.grouping.model),
         turned.evidence.part or turned.evidence,
         order,
@@ -74,9 +73,13 @@ def losses_of(grouping: Grouping, scores: Mapping[int, np.ndarray], allocation: 
         progress=study.progress,
         finish=study.finish,
     )
+
+
+def weighed(losses: Mapping[int, np.ndarray], scores: Mapping[int, np.ndarray], allocation: str) -> dict[int, np.ndarray]:
+    """What an allocation splits: the measured losses, or the geometric mean of those and of the sums of the scores of what goes."""
     if allocation == DISTORTION:
-        return found
-    return {g: np.sqrt(curve * np.concatenate([[0.0], np.cumsum(np.maximum(np.sort(scores[g]), 0))])) for g, curve in found.items()}
+        return dict(losses)
+    return {g: np.sqrt(curve * np.concatenate([[0.0], np.cumsum(np.maximum(np.sort(scores[g]), 0))])) for g, curve in losses.items()}
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,19 @@ def select(grouping: Grouping, ids: Collection[int], criterion: str, allocation:
 
     choose: from scores, allocation, losses and the share of the budget that is to go already, which units go.
     """
-    tried = []
-    for one, rule in _pairs(criterion, allocation):
-        scores = scored(grouping, ids, one, seed, study)
-        found = Selection(one, rule, scores, losses_of(grouping, scores, rule, study))
-        tried.append(found)
+
+    @cache
+    def scores(one: str) -> Scores:
+        return scored(grouping, ids, one, seed, study)
+
+    @cache
+    def losses(one: str) -> dict[int, np.ndarray]:
+        return measured_losses(grouping, scores(one), study)
+
+    tried = [
+        Selection(one, rule, scores(one), weighed(losses(one), scores(one), rule) if rule in MEASURED else None)
+        for one, rule in _pairs(criterion, allocation)
+    ]
     if len(tried) == 1:
         return tried[0]
     changes = [_change(study, grouping, choose(found.scores, found.allocation, found.losses, 1.0)) for found in tried]
@@ -147,5 +158,6 @@ def in_steps(selection: Selection, grouping: Grouping, seed: int, study: Study, 
         for group, units in choice.remove.items():
             if group in scores:
                 scores[group][units] = min(0.0, float(scores[group].min())) - 1.0  # what is gone goes first
-        selection = Selection(selection.criterion, selection.allocation, scores, losses_of(left, scores, selection.allocation, again))
+        losses = weighed(measured_losses(left, scores, again), scores, selection.allocation) if selection.allocation in MEASURED else None
+        selection = Selection(selection.criterion, selection.allocation, scores, losses)
     return selection
