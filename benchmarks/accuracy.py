@@ -91,20 +91,20 @@ def jobs(part: str, args: argparse.Namespace) -> Iterator[Job]:
 # a process: one job, or those that share what they read and measure
 
 
-def child(jobs: Sequence[Job], folder: Path) -> Iterator[list[Row]]:
+def child(jobs: Sequence[Job], folder: Path, evaluated: int | None = None) -> Iterator[list[Row]]:
     """The rows of each job, which are of one model, ratio, seed, criterion and calibration where there are several."""
     if len(jobs) == 1:
-        yield alone(jobs[0], folder)
+        yield alone(jobs[0], folder, evaluated)
     else:
         from accuracy_grid import together
 
         path = accuracy_data.model_path(jobs[0].model, folder)
         made = together(jobs, calibrated(jobs[0], folder), path, accuracy_data.feeds(jobs[0].model))
         for job, result in zip(jobs, made, strict=True):
-            yield [{"method": job.method} | measured(job, result, folder)]
+            yield [{"method": job.method} | measured(job, result, folder, evaluated)]
 
 
-def alone(job: Job, folder: Path) -> list[Row]:
+def alone(job: Job, folder: Path, evaluated: int | None) -> list[Row]:
     """The rows of a job: a peer's method gives one for its result and one for what it does after pruning."""
     path = accuracy_data.model_path(job.model, folder)
     calibration = accuracy_data.arrays_path(job.model, folder, "calibration")
@@ -118,7 +118,7 @@ def alone(job: Job, folder: Path) -> list[Row]:
         largest, rows = resident("VmHWM"), []
         for after, result in made.items():
             row = {"method": f"{job.method} + {after}" if after else job.method, "seconds": result.seconds, "mib": largest}
-            rows.append(row | ({"failed": result.failed} if result.model is None else measured(job, result.model, folder)))
+            rows.append(row | ({"failed": result.failed} if result.model is None else measured(job, result.model, folder, evaluated)))
         return rows
     import onnxprune
 
@@ -130,7 +130,7 @@ def alone(job: Job, folder: Path) -> list[Row]:
     note(steps, "")
     largest = max(size for _, _, size in steps)
     row = {"method": job.method, "seconds": time.perf_counter() - start, "mib": largest, "steps": times(steps)}
-    return [row | measured(job, result.model, folder)]
+    return [row | measured(job, result.model, folder, evaluated)]
 
 
 def calibrated(job: Job, folder: Path) -> Any:
@@ -187,11 +187,11 @@ def run(model: Any, arrays: dict[str, np.ndarray], batch: int) -> list[np.ndarra
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
-def measured(job: Job, model: Any, folder: Path) -> Row:
+def measured(job: Job, model: Any, folder: Path, evaluated: int | None) -> Row:
     """MACs left as onnxprune counts them on the file, and how far the outputs are from the original's.
 
     accuracy, before: top-1 on labels; agreement: the same top-1 as the original; cosine: of each sample's output, the mean over the
-    samples, of the worst output; sqnr: signal over difference in dB, of the worst output.
+    samples, of the worst output; sqnr: signal over difference in dB, of the worst output.  evaluated: on so many, the first, if not all.
     """
     import onnx
 
@@ -206,9 +206,11 @@ def measured(job: Job, model: Any, folder: Path) -> Row:
         np.savez(kept, *run(str(path), arrays, subject.batch))
     with np.load(kept) as content:
         expected = [content[name] for name in content.files]
+    if evaluated and subject.batch:
+        arrays, expected = {name: array[:evaluated] for name, array in arrays.items()}, [array[:evaluated] for array in expected]
     got = run(model, arrays, subject.batch)
     after, before = (count_macs(load(proto, accuracy_data.feeds(job.model))) for proto in (model, onnx.load(path)))
-    row: Row = {"macs": 1 - after / before}
+    row: Row = {"macs": 1 - after / before} | ({"evaluated": evaluated} if evaluated else {})
     flat = [
         (y.reshape(len(y), -1).astype(np.float64), z.reshape(len(z), -1).astype(np.float64)) for y, z in zip(expected, got, strict=True)
     ]
@@ -226,6 +228,7 @@ def measured(job: Job, model: Any, folder: Path) -> Row:
 def in_a_process(jobs: Sequence[Job], args: argparse.Namespace) -> Iterator[tuple[Job, list[Row]]]:
     """`child` in a process of its own, each job as it comes; `failed` says why where the others did not end well."""
     line = [sys.executable, __file__, "--child", json.dumps([asdict(job) for job in jobs]), "--data", str(args.data)]
+    line += ["--evaluated", str(args.evaluated)] if args.evaluated else []
     left = list(jobs)
     with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(line, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
         clock = threading.Timer(args.limit, process.kill)
@@ -286,6 +289,7 @@ def main() -> None:
         help="what is shown as onnxprune without samples, of the rows that are there",
     )
     parser.add_argument("--data", type=Path, default=ROOT / "build" / "accuracy", help="where the arrays are, and minilm.onnx")
+    parser.add_argument("--evaluated", type=int, metavar="N", help="measure on the first N samples that were kept for it, not on all")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for one process")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "accuracy.json")
     parser.add_argument("--table", type=Path, default=ROOT / "docs" / "accuracy.md")
@@ -297,7 +301,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        for made in child([Job(**job) for job in json.loads(args.child)], args.data):
+        for made in child([Job(**job) for job in json.loads(args.child)], args.data, args.evaluated):
             print(json.dumps(made), flush=True)
         return
     rows: list[Row] = json.loads(args.json.read_text()) if args.json.is_file() else []

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, numpy_helper
 
-from onnxprune.capture import Tap
 from onnxprune.cost import count_macs
+from onnxprune.frontier import ROOM, Frontier
 from onnxprune.leastsquares import reconstructed
 from onnxprune.linear import CONVOLUTIONS
 from onnxprune.matching import Matched, match, narrowed
@@ -54,6 +54,7 @@ class Refit:
         return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in vars(self).items()}
 
 
+Run = Callable[[int, Arrays], Arrays]
 After = Callable[[ModelProto, Seat], Refit | None]
 Solve = Callable[[Observed, np.ndarray, np.ndarray, bool], Fit]
 Match = Callable[[Plan, ModelProto, Product, Batches, float], Matched | None]
@@ -90,12 +91,18 @@ def reconstruct(
         after = None
         if progress:
             progress("no layers are refined together: the model or the calibration set is too large")
+    mine, whole = Frontier(len(sizes), 0 if after else ROOM), Frontier(len(sizes))  # after: the layer before may change, too
     for number, stage in enumerate(stages):
         while matched is not None and waiting and waiting[0].node < stage[0].layer.node:
             report += _matched(plan, out, waiting.pop(0), batches, matched, held, progress)
+            mine.forget()
         if progress:
             progress(f"fitting the layers that stay, pass {number + 1} of {len(stages)}")
-        for seat, observed in zip(stage, _observe(plan, out, widths, stage, batches, len(sizes), held), strict=True):
+        changing = {name for seat in chain(*stages[number:]) for name in (seat.weight, *seat.node.output) if name}
+        ahead = mine.tap(out, [name for seat in stage for name in (seat.source, seat.other) if name], changing)
+        spelled = spelled_out(plan.grouping.model, (seat.layer for seat in stage))
+        goals = whole.tap(spelled, [seat.goal for seat in stage])
+        for seat, observed in zip(stage, _observe(out, widths, stage, batches, len(sizes), held, ahead, goals), strict=True):
             fitted = _fit(out, seat, observed, solve)
             report.append(Refit(seat.node.name or seat.node.output[0], fitted.before, fitted.after, fitted.shrinkage))
             more = after(out, seat) if after else None
@@ -144,18 +151,19 @@ def _alike(todo: Sequence[Seat]) -> list[list[Seat]]:
 
 
 def _observe(
-    plan: Plan, pruned: ModelProto, widths: Widths, stage: Sequence[Seat], batches: Batches, total: int, held: float
+    pruned: ModelProto, widths: Widths, stage: Sequence[Seat], batches: Batches, total: int, held: float, mine: Run, original: Run
 ) -> list[Observed]:
-    """What the layers of a stage read and should make, over the batches to fit to and over those to choose by."""
+    """What the layers of a stage read and should make, over the batches to fit to and over those to choose by.
+
+    mine, original: what the pruned model and the original make of a batch, by its number and feeds.
+    """
     tensors = tensors_of(pruned)
-    mine = Tap(pruned, [name for seat in stage for name in (seat.source, seat.other) if name])
-    original = Tap(spelled_out(plan.grouping.model, (seat.layer for seat in stage)), [seat.goal for seat in stage])
     weights = [numpy_helper.to_array(tensors[seat.weight]) for seat in stage]
     shapes = [seat.shape.matrix(weight).shape for seat, weight in zip(stage, weights, strict=True)]
     found = [Observed.of(shape, seat.bounds, seat.layer.normed) for seat, shape in zip(stage, shapes, strict=True)]
     every = max(2, min(round(1 / held), total))  # one batch is held out where there are two
     for number, feeds in enumerate(batches()):
-        now, then = mine.run(feeds), original.run(feeds)
+        now, then = mine(number, feeds), original(number, feeds)
         for position, (seat, weight) in enumerate(zip(stage, weights, strict=True)):
             goal = original_goal(widths, seat, then[seat.goal])
             many = max(ROWS, 16 * found[position].seen.x.shape[1]) // total

@@ -1,0 +1,96 @@
+"""A model run further and further: what later values are made of is kept for each batch, so that a run starts where the last one ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+
+from onnx import ModelProto
+
+from onnxprune.capture import Tap
+from onnxprune.running import Arrays, as_float32
+from onnxprune.scopes import captured
+
+ROOM = 2**29  # bytes to keep, at most: where it is more, runs start from further back
+
+
+class Frontier:
+    """What is known of a model on `total` batches, which are the same each time.
+
+    The values that some nodes make and others read, where the first have run and will make the same again.
+    """
+
+    def __init__(self, total: int, room: int = ROOM) -> None:
+        self._total, self._room = total, room
+        self.forget()
+
+    def forget(self) -> None:
+        """The model has changed before where it was run to."""
+        self._kept: list[Arrays] = [{} for _ in range(self._total)]
+        self._done: set[str] = set()
+
+    def tap(self, proto: ModelProto, values: Iterable[str], changing: Collection[str] = ()) -> Callable[[int, Arrays], Arrays]:
+        """A function (number of the batch, its feeds) -> {value: array}, to be called for each batch.
+
+        changing: tensors and values that may be others at the next call; all else of the model stays.  Raises OnnxPruneError
+        (exit code 4) where onnxruntime does not take the model, and the function where it does not run it.
+        """
+        values = list(dict.fromkeys(values))
+        done = self._done | (_behind(proto, values) & _settled(proto, changing))
+        known = {name: array.dtype for name, array in self._kept[0].items() if all(name in kept for kept in self._kept)}
+        if any(node.op_type == "QuantizeLinear" for node in proto.graph.node):
+            proto = as_float32(proto)  # before it is cut: of a value that is cut off the way back to floats nothing else is known
+        keep = _crossing(proto, done) if self._room else []
+        tap = Tap(proto, [*values, *keep], known=known)
+        keeping = bool(keep) and not tap.others
+
+        def run(number: int, feeds: Arrays) -> Arrays:
+            nonlocal keeping
+            found = tap.run({**feeds, **{name: self._kept[number][name] for name in known}})
+            if keeping and number == 0:
+                keeping = sum(found[name].nbytes for name in keep) * self._total <= self._room
+                self._done = done if keeping else self._done
+            if keeping:
+                self._kept[number] = {name: found[name] for name in keep}
+            return found
+
+        return run
+
+
+def _behind(proto: ModelProto, values: Iterable[str]) -> set[str]:
+    """The nodes, by their first output, that some values are made by."""
+    needed, found = set(values), set[str]()
+    for node in reversed(proto.graph.node):
+        if needed.intersection(node.output):
+            found.add(_name(node.output))
+            needed |= set(node.input) | captured(node)
+    return found
+
+
+def _settled(proto: ModelProto, changing: Collection[str]) -> set[str]:
+    """The nodes that nothing which changes goes into."""
+    moved, found = set(changing), set[str]()
+    for node in proto.graph.node:
+        if moved.intersection(node.output) or moved.intersection(node.input) or moved & captured(node):
+            moved.update(node.output)
+        else:
+            found.add(_name(node.output))
+    return found
+
+
+def _crossing(proto: ModelProto, done: set[str]) -> list[str]:
+    """What these nodes make of the inputs for others."""
+    varying = {v.name for v in proto.graph.input} - {t.name for t in proto.graph.initializer}
+    made, read = dict[str, None](), set[str]()
+    for node in proto.graph.node:
+        given = set(node.input) | captured(node)
+        if given & varying:
+            varying.update(name for name in node.output if name)
+        if _name(node.output) in done:
+            made.update((name, None) for name in node.output if name in varying)
+        else:
+            read |= given
+    return [name for name in made if name in read]
+
+
+def _name(outputs: Iterable[str]) -> str:
+    return next(name for name in outputs if name)

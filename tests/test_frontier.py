@@ -1,0 +1,160 @@
+"""frontier: a model run further and further gives what fresh runs give, and runs each node about once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from conftest import ROOT
+from onnx import ModelProto, numpy_helper
+
+from onnxprune import frontier
+from onnxprune.capture import Tap
+from onnxprune.frontier import Frontier
+from onnxprune.running import Arrays
+
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+
+
+def stepped(proto: ModelProto, feeds: list[Arrays], stages: list[list[str]], changing: Callable[[int], list[str]], room: int) -> None:
+    """Tap each stage's values along a frontier and by a fresh run, on every batch; then change what is said to change."""
+    known, rng = Frontier(len(feeds), room), np.random.default_rng(0)
+    for number, values in enumerate(stages):
+        run, fresh = known.tap(proto, values, changing(number)), Tap(proto, values)
+        for batch, given in enumerate(feeds):
+            found, expected = run(batch, given), fresh.run(given)
+            for name in values:
+                rounding = 1e-4 * float(np.abs(expected[name]).max())
+                np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=rounding, err_msg=f"{name} of stage {number}")
+        for tensor in proto.graph.initializer:
+            if tensor.name in changing(number):
+                array = numpy_helper.to_array(tensor)
+                tensor.CopyFrom(numpy_helper.from_array(array + rng.normal(0, 0.02, array.shape).astype(array.dtype), tensor.name))
+
+
+def nodes_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of nodes that each session along a frontier has."""
+    counts: list[int] = []
+
+    class Counted(Tap):
+        def __init__(self, proto: ModelProto, values: Any, **known: Any) -> None:
+            super().__init__(proto, values, **known)
+            from onnxprune.capture import towards
+
+            counts.append(len(towards(proto, values, **known).graph.node))
+
+    monkeypatch.setattr(frontier, "Tap", Counted)
+    return counts
+
+
+@pytest.mark.parametrize("room", [0, 200_000, 2**29])
+@pytest.mark.parametrize("name", ["digits-resnet", "digits-densenet", "digits-mobilenet", "digits-mlp", "digits-conv1d"])
+def test_layers_that_are_changed_one_after_another(name: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    proto = onnx.load(ROOT / "models" / f"{name}.onnx")
+    data = {"digits-mlp": "digits-mlp", "digits-conv1d": "digits-conv1d"}.get(name, "digits-images")
+    with np.load(ROOT / "models" / f"{data}.calibration.npz") as content:
+        arrays = {key: content[key][:24].astype(np.float32) for key in content.files}
+    inputs = [v.name for v in proto.graph.input]
+    arrays = {key: arrays[key] for key in inputs}
+    feeds = [{key: array[i : i + 8] for key, array in arrays.items()} for i in (0, 8, 16)]
+    layers = [node for node in proto.graph.node if node.op_type in WEIGHTED]
+    counts = nodes_run(monkeypatch)
+    stepped(proto, feeds, [[node.input[0]] for node in layers], lambda i: [n.input[1] for n in layers[i:]], room)
+    assert len(layers) > 2
+    if room == 2**29:
+        assert sum(counts) <= len(proto.graph.node)
+    if room == 0:
+        assert sum(counts) > len(proto.graph.node)
+
+
+def parsed(body: str, outputs: str = "float[N,4] out", **tensors: np.ndarray) -> ModelProto:
+    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> g (float[N,4] x) => ({outputs}) {{ {body} }}')
+    proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in tensors.items())
+    return proto
+
+
+def batches(count: int = 3) -> list[Arrays]:
+    rng = np.random.default_rng(1)
+    return [{"x": rng.normal(size=(5, 4)).astype(np.float32)} for _ in range(count)]
+
+
+def weight(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(4, 4)).astype(np.float32)
+
+
+def test_a_weight_that_two_layers_share_makes_neither_of_them_settled() -> None:
+    proto = parsed("a = MatMul(x, w)\n b = Relu(a)\n c = MatMul(b, v)\n d = MatMul(c, w)\n out = Add(d, b)", w=weight(0), v=weight(1))
+    tied = [["v", "w"], ["w"], []]
+    stepped(proto, batches(), [["b"], ["c", "b"], ["out"]], lambda i: tied[i], 2**29)
+
+
+def test_what_was_run_is_run_again_when_it_has_changed_after_all() -> None:
+    proto = parsed("a = MatMul(x, w)\n b = Relu(a)\n out = MatMul(b, v)", w=weight(0), v=weight(1))
+    known, feeds = Frontier(1), batches(1)
+    known.tap(proto, ["b"])(0, feeds[0])
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight(2), "w"))
+    known.forget()
+    expected = Tap(proto, ["out"]).run(feeds[0])["out"]
+    np.testing.assert_allclose(known.tap(proto, ["out"])(0, feeds[0])["out"], expected, rtol=1e-5)
+
+
+def test_one_of_two_outputs_is_known() -> None:
+    body = "l, r = Split<axis = 1>(x)\n a = Relu(l)\n b = Exp(r)\n out = Concat<axis = 1>(a, b)"
+    stepped(parsed(body), batches(), [["a"], ["b", "r"], ["out"]], lambda i: [], 2**29)
+
+
+def test_the_other_output_of_what_is_known_can_be_asked_for_later() -> None:
+    proto = parsed("l, r = Split<axis = 1>(x)\n a = Relu(l)\n out = Concat<axis = 1>(a, l)", "float[N,4] out, float[N,2] r")
+    stepped(proto, batches(), [["l"], ["r"], ["out"]], lambda i: [], 2**29)
+
+
+def test_values_that_are_no_tensors_are_made_again() -> None:
+    body = """
+        parts = SplitToSequence<axis = 1>(x, two)
+        zero = Constant<value_int = 0>()
+        one = Constant<value_int = 1>()
+        l = SequenceAt(parts, zero)
+        a = MatMul(l, u)
+        r = SequenceAt(parts, one)
+        out = Concat<axis = 1>(a, r)"""
+    proto = parsed(body, two=np.array([2, 2]), u=weight(3)[:2, :2])
+    stepped(proto, batches(), [["l"], ["a"], ["r"], ["out"]], lambda i: ["u"] if i == 0 else [], 2**29)
+
+
+def test_bodies_read_what_is_known_outside() -> None:
+    body = """
+        a = MatMul(x, w)
+        b = Relu(a)
+        total = ReduceSum<keepdims = 0>(b)
+        flag = Greater(total, limit)
+        c = If(flag) <then_branch = yes () => (float[N,4] t) { t = MatMul(b, v) }, else_branch = no () => (float[N,4] e) { e = Neg(b) }>
+        out = Add(c, a)"""
+    for limit in (-1e9, 1e9):
+        proto = parsed(body, w=weight(0), v=weight(1), limit=np.float32(limit))
+        stepped(proto, batches(), [["b"], ["c"], ["out"]], lambda i: ["v"] if i == 0 else [], 2**29)
+
+
+def test_a_quantized_activation_is_not_cut_between_integers_and_floats() -> None:
+    body = """
+        a = MatMul(x, w)
+        q = QuantizeLinear(a, s, z)
+        d = DequantizeLinear(q, s, z)
+        b = MatMul(d, v)
+        out = Add(b, d)"""
+    proto = parsed(body, w=weight(0), v=weight(1), s=np.float32(0.05), z=np.uint8(128))
+    stepped(proto, batches(), [["a"], ["d"], ["b"], ["out"]], lambda i: ["v"] if i == 1 else [], 2**29)
+
+
+def test_too_much_to_keep_is_not_kept() -> None:
+    proto = parsed("a = MatMul(x, w)\n b = Relu(a)\n out = MatMul(b, v)", w=weight(0), v=weight(1))
+    known, feeds = Frontier(3, room=3 * 5 * 4 * 4 - 1), batches()
+    run = known.tap(proto, ["b"])
+    for number, given in enumerate(feeds):
+        run(number, given)
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight(2), "w"))  # shows: from the inputs on it is another model
+    expected = Tap(proto, ["out"]).run(feeds[0])["out"]
+    np.testing.assert_allclose(known.tap(proto, ["out"])(0, feeds[0])["out"], expected, rtol=1e-5)
