@@ -11,8 +11,11 @@ import onnx.parser
 import pytest
 from conftest import ROOT
 from onnx import ModelProto, numpy_helper
+from outside import build
+from test_attention_compensation import ATTEND, LAYERS, PARTED, ROWS, SEPARATE, SPREAD, made
 
-from onnxprune import frontier
+import onnxprune
+from onnxprune import frontier, reconstruction
 from onnxprune.capture import Tap
 from onnxprune.frontier import Frontier
 from onnxprune.running import Arrays
@@ -158,3 +161,38 @@ def test_too_much_to_keep_is_not_kept() -> None:
     proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight(2), "w"))  # shows: from the inputs on it is another model
     expected = Tap(proto, ["out"]).run(feeds[0])["out"]
     np.testing.assert_allclose(known.tap(proto, ["out"])(0, feeds[0])["out"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("passes", [0, 2, 1000])
+@pytest.mark.parametrize("name", ["digits-resnet", "digits-densenet", "separate", "packed-split", "tied", "beside"])
+def test_layers_are_fitted_as_by_runs_from_the_inputs(name: str, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after another, or several a pass, where what a layer reads is made by another of the same pass."""
+    if passes:
+        monkeypatch.setattr(reconstruction, "FEWEST", passes)
+    monkeypatch.setattr(reconstruction, "WORK", 3e13 if passes != 2 else 0)
+    if name.startswith("digits"):
+        model: Any = str(ROOT / "models" / f"{name}.onnx")
+        with np.load(ROOT / "models" / "digits-images.calibration.npz") as content:
+            samples = {key: content[key][:48] for key in content.files}
+    elif name == "tied":
+        body = "h = MatMul(x, u) r = Relu(h) i = MatMul(r, w) j = Relu(i) k = MatMul(j, w) l = Relu(k) m = MatMul(l, v) y = Tanh(m)"
+        model = build("float[N, 6] x", body, "float[N, 6] y", {"u": (6, 16), "w": (16, 16), "v": (16, 6)})
+        samples = {"x": np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)}
+    elif name == "beside":  # a pass that begins before the product of queries and keys, and reads what is made of it
+        body = f"{LAYERS} {PARTED} a = MatMul (x, s1) b = Relu (a) c = MatMul (b, s2) {ATTEND} "
+        body += "d = MatMul (z, wo) f = Add (d, c) g = MatMul (f, w3) h = Relu (g) y = MatMul (h, w4)"
+        weights = {**SPREAD, **SEPARATE, "s1": (8, 10), "s2": (10, 5), "w3": (5, 9), "w4": (9, 4)}
+        model = build(ROWS, body, "float y", weights, opset=13, seed=3)
+        samples = {"x": np.random.default_rng(0).normal(size=(48, 5, 8)).astype(np.float32)}
+    else:
+        model = made(name)
+        samples = {"x": np.random.default_rng(0).normal(size=(48, 5, 8)).astype(np.float32)}
+    found = []
+    for room in (0, 2**29):
+        monkeypatch.setattr(reconstruction, "ROOM", room)
+        monkeypatch.setattr(Frontier.__init__, "__defaults__", (room,))
+        result = onnxprune.prune(model, 0.4, calibration=samples, allocation="uniform", criterion="l2", compensation="reconstruct")
+        assert result.refits
+        found.append({t.name: numpy_helper.to_array(t) for t in result.model.graph.initializer})
+    for tensor, array in found[0].items():
+        np.testing.assert_allclose(found[1][tensor], array, rtol=0, atol=1e-4 * float(np.abs(array).max(initial=0)), err_msg=tensor)
