@@ -99,7 +99,7 @@ def child(jobs: Sequence[Job], folder: Path, evaluated: int | None = None) -> It
         from accuracy_grid import together
 
         path = accuracy_data.model_path(jobs[0].model, folder)
-        made = together(jobs, calibrated(jobs[0], folder), path, accuracy_data.feeds(jobs[0].model))
+        made = together(jobs, *calibrated(jobs[0], folder), path, accuracy_data.feeds(jobs[0].model))
         for job, result in zip(jobs, made, strict=True):
             yield [{"method": job.method} | measured(job, result, folder, evaluated)]
 
@@ -122,7 +122,8 @@ def alone(job: Job, folder: Path, evaluated: int | None) -> list[Row]:
         return rows
     import onnxprune
 
-    names: dict[str, Any] = {**job.options, "calibration": calibrated(job, folder), "feeds": accuracy_data.feeds(job.model)}
+    source, samples = calibrated(job, folder)
+    names: dict[str, Any] = {**job.options, "calibration": source, "samples": samples, "feeds": accuracy_data.feeds(job.model)}
     steps: list[Step] = []
     start = time.perf_counter()
     note(steps, "reading the model")
@@ -133,14 +134,11 @@ def alone(job: Job, folder: Path, evaluated: int | None) -> list[Row]:
     return [row | measured(job, result.model, folder, evaluated)]
 
 
-def calibrated(job: Job, folder: Path) -> Any:
-    """What onnxprune takes as calibration: the file of arrays, the first samples in it, or a name of its own."""
+def calibrated(job: Job, folder: Path) -> tuple[str, int | None]:
+    """What onnxprune takes as calibration, the file of arrays or a name of its own, and how many samples of it, spread over all."""
     kind, _, count = job.options["calibration"].partition(":")
     path = accuracy_data.arrays_path(job.model, folder, "calibration")
-    if kind != "data" or not count:
-        return str(path) if kind == "data" else kind
-    with np.load(path) as content:
-        return {name: content[name][: int(count)] for name in content.files}
+    return str(path) if kind == "data" else kind, int(count) if count else None
 
 
 Step = tuple[str, float, float]
@@ -191,7 +189,7 @@ def measured(job: Job, model: Any, folder: Path, evaluated: int | None) -> Row:
     """MACs left as onnxprune counts them on the file, and how far the outputs are from the original's.
 
     accuracy, before: top-1 on labels; agreement: the same top-1 as the original; cosine: of each sample's output, the mean over the
-    samples, of the worst output; sqnr: signal over difference in dB, of the worst output.  evaluated: on so many, the first, if not all.
+    samples, of the worst output; sqnr: signal over difference in dB, of the worst output.  evaluated: on so many, spread over all, if not on all.
     """
     import onnx
 
@@ -206,8 +204,9 @@ def measured(job: Job, model: Any, folder: Path, evaluated: int | None) -> Row:
         np.savez(kept, *run(str(path), arrays, subject.batch))
     with np.load(kept) as content:
         expected = [content[name] for name in content.files]
-    if evaluated and subject.batch:
-        arrays, expected = {name: array[:evaluated] for name, array in arrays.items()}, [array[:evaluated] for array in expected]
+    if evaluated and subject.batch:  # images stand class by class
+        places = np.arange(evaluated) * len(expected[0]) // evaluated
+        arrays, expected = {name: array[places] for name, array in arrays.items()}, [array[places] for array in expected]
     got = run(model, arrays, subject.batch)
     after, before = (count_macs(load(proto, accuracy_data.feeds(job.model))) for proto in (model, onnx.load(path)))
     row: Row = {"macs": 1 - after / before} | ({"evaluated": evaluated} if evaluated else {})
@@ -273,7 +272,7 @@ def main() -> None:
     parser.add_argument("--criteria", nargs="+", default=["l1", "l2"])
     parser.add_argument("--allocations", nargs="+", default=["uniform", "global"])
     parser.add_argument("--compensations", nargs="+", default=list(COMPENSATIONS))
-    parser.add_argument("--calibrations", nargs="+", default=["data"], help="data, data:256 (of its first samples), none or noise")
+    parser.add_argument("--calibrations", nargs="+", default=["data"], help="data, data:256 (so many of it), none or noise")
     parser.add_argument(
         "--default",
         nargs=4,
@@ -289,7 +288,7 @@ def main() -> None:
         help="what is shown as onnxprune without samples, of the rows that are there",
     )
     parser.add_argument("--data", type=Path, default=ROOT / "build" / "accuracy", help="where the arrays are, and minilm.onnx")
-    parser.add_argument("--evaluated", type=int, metavar="N", help="measure on the first N samples that were kept for it, not on all")
+    parser.add_argument("--evaluated", type=int, metavar="N", help="measure on N of the samples that are kept for it")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for one process")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "accuracy.json")
     parser.add_argument("--table", type=Path, default=ROOT / "docs" / "accuracy.md")

@@ -24,7 +24,7 @@ class Job(Protocol):
     options: dict[str, str]
 
 
-def together(jobs: Sequence[Job], calibration: Any, path: Path, feeds: Any) -> Iterator[onnx.ModelProto]:
+def together(jobs: Sequence[Job], calibration: Any, samples: int | None, path: Path, feeds: Any) -> Iterator[onnx.ModelProto]:
     """The pruned model of each job.
 
     Raises OnnxPruneError where one cannot be made.
@@ -44,7 +44,7 @@ def together(jobs: Sequence[Job], calibration: Any, path: Path, feeds: Any) -> I
     first = jobs[0]
     loaded = load(str(path), feeds)
     grouping, proof, _ = certify(group(loaded), feeds, first.seed)
-    plain = Study(grouping, read_calibration(calibration, loaded, seed=first.seed), seed=first.seed)
+    plain = Study(grouping, read_calibration(calibration, loaded, limit=samples, seed=first.seed), seed=first.seed)
     turning = replace(plain, turns=True)
     turning.__dict__["evidence"] = plain.evidence
     chosen = {g.id for g in grouping.groups} - set(proof.unexercised)

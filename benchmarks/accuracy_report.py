@@ -126,7 +126,7 @@ def ablation(rows: list[Row], default: dict[str, str]) -> str:
 
 
 def few(row: Row) -> bool:
-    """Of onnxprune, with the first of the samples alone."""
+    """Of onnxprune, with a part of the samples."""
     return bool(row["options"]) and ":" in row["options"]["calibration"]
 
 
@@ -139,6 +139,7 @@ def crossed(rows: list[Row], default: dict[str, str]) -> str:
     if not cases:
         return ""
     (model, ratio), some = max(cases.items(), key=lambda case: len(case[1]))
+    metric = SUBJECTS[model].measure
     parts, single = [f"{model}, {ratio:.0%} of the MACs gone."], []
     for compensation in COMPENSATIONS:
         found = options(some, compensation=compensation)
@@ -146,14 +147,14 @@ def crossed(rows: list[Row], default: dict[str, str]) -> str:
         if sum(len(options(found, allocation=name)) > 2 for name in allocations) < 3:
             single.append(compensation)
             continue
-        cells = {(c, a): cell(options(found, criterion=c, allocation=a), "accuracy") for c in criteria for a in allocations}
+        cells = {(c, a): cell(options(found, criterion=c, allocation=a), metric) for c in criteria for a in allocations}
         body = [[f"`{c}`", *(cells[c, a] for a in allocations)] for c in criteria]
         parts.append(f"Compensation `{compensation}`:\n\n{table(['', *(f'`{a}`' for a in allocations)], body)}")
     for name, other in (NAMES[:2], NAMES[1::-1]):
         found = options(some, **{other: default[other]})
         columns = [c for c in single if len({row["options"][name] for row in options(found, compensation=c)}) > 2]
         tried = dict.fromkeys(row["options"][name] for row in found if row["options"]["compensation"] in columns)
-        body = [[f"`{t}`", *(cell(options(found, **{name: t, "compensation": c}), "accuracy") for c in columns)] for t in tried]
+        body = [[f"`{t}`", *(cell(options(found, **{name: t, "compensation": c}), metric) for c in columns)] for t in tried]
         if columns:
             parts.append(f"Each {name}, {other} `{default[other]}`:\n\n{table(['', *(f'`{c}`' for c in columns)], body)}")
     return "\n\n".join(parts)
@@ -193,20 +194,19 @@ def steps(rows: list[Row], default: dict[str, str]) -> str:
 
 
 def cube(rows: list[Row], default: dict[str, str]) -> str:
-    """Every criterion by every allocation by every compensation, which are run on the first samples alone; first what wins."""
-    body = []
+    """Every criterion by every allocation by every compensation, which are run on few samples; first what wins."""
+    body, metric = [], SUBJECTS[rows[0]["model"]].measure
     for compensation in dict.fromkeys((*COMPENSATIONS, *(row["options"]["compensation"] for row in rows))):
-        found = [row for row in options(rows, compensation=compensation) if "accuracy" in row]
+        found = [row for row in options(rows, compensation=compensation) if metric in row]
         if not found:
             continue
-        ranked = sorted(found, key=lambda row: -row["accuracy"])
+        ranked = sorted(found, key=lambda row: -row[metric])
         own = options(found, criterion=default["criterion"], allocation=default["allocation"])
-        first, last = ranked[0], ranked[-1]
-        values = [
-            f"{100 * row['accuracy']:.1f} (`{row['options']['criterion']}`, `{row['options']['allocation']}`)" for row in (first, last)
-        ]
-        middle = 100 * statistics.median(row["accuracy"] for row in found)
-        body.append([f"`{compensation}`", f"{len(found)}", values[0], cell(own, "accuracy"), f"{middle:.1f}", values[1]])
+        middle = ranked[0] | {metric: statistics.median(row[metric] for row in found), "macs": ranked[0]["ratio"]}
+        first, last = (
+            f"{cell([row], metric)} (`{row['options']['criterion']}`, `{row['options']['allocation']}`)" for row in (ranked[0], ranked[-1])
+        )
+        body.append([f"`{compensation}`", f"{len(found)}", first, cell(own, metric), cell([middle], metric), last])
     pair = f"`{default['criterion']}`, `{default['allocation']}`"
     return table(["compensation", "pairs", "best", pair, "median", "worst"], body)
 
@@ -229,10 +229,15 @@ def markdown(rows: list[Row], names: Sequence[str], without: Sequence[str]) -> s
         parts.append(f"## What each compensation adds\n\n{ablation(cifar, default)}")
     if many := crossed(cifar, default):
         parts.append(f"## Criteria and allocations\n\n{many}")
-    for calibration in dict.fromkeys(row["options"]["calibration"] for row in partial):
-        some, count = options(partial, calibration=calibration), calibration.partition(":")[2]
-        tables = crossed(some, default | {"calibration": calibration})
-        parts.append(f"## Every criterion, allocation and compensation, {count} samples\n\n{cube(some, default)}\n\n{tables}")
+    for (model, _), every in grouped(partial, "model", "ratio").items():
+        for calibration in dict.fromkeys(row["options"]["calibration"] for row in every):
+            some, count = options(every, calibration=calibration), calibration.partition(":")[2]
+            kept = max((row["evaluated"] for row in some if "evaluated" in row), default=None)
+            on = f"Measured on {kept} of the samples that are kept for it.\n\n" if kept else ""
+            tables = crossed(some, default | {"calibration": calibration})
+            parts.append(
+                f"## Criteria, allocations and compensations with {count} samples: {model}\n\n{on}{cube(some, default)}\n\n{tables}"
+            )
     if minilm:
         parts.append(f"## all-MiniLM-L6-v2\n\nMean cosine of the sentence embeddings to the original's.\n\n{matrix(minilm, ['minilm'])}")
     if any("failed" in row for row in minilm):
