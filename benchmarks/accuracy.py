@@ -189,7 +189,8 @@ def measured(job: Job, model: Any, folder: Path, evaluated: int | None) -> Row:
     """MACs left as onnxprune counts them on the file, and how far the outputs are from the original's.
 
     accuracy, before: top-1 on labels; agreement: the same top-1 as the original; cosine: of each sample's output, the mean over the
-    samples, of the worst output; sqnr: signal over difference in dB, of the worst output.  evaluated: on so many, spread over all, if not on all.
+    samples, of the worst output; sqnr: signal over difference in dB, of the worst output.  evaluated: on so many samples, spread over
+    all, if not on all.
     """
     import onnx
 
