@@ -170,6 +170,17 @@ def test_auto_takes_the_pair_that_changes_the_outputs_least(worst: str, first: b
     assert plain.plan.to_json()["groups"] == result.plan.to_json()["groups"]
 
 
+def test_auto_measures_losses_once_a_criterion_and_chooses_by_what_each_alone_chooses() -> None:
+    x = np.random.default_rng(1).standard_normal((64, 4)).astype(np.float32)
+    said: list[str] = []
+    result = onnxprune.prune(sided(), 0.4, calibration={"x": x}, criterion="obs", allocation="auto", progress=said.append)
+    assert sum(text.startswith("measuring") for text in said) == 1
+    chosen = result.plan.options["allocation"]
+    assert {text.partition(":")[0] for text in said if text.startswith("obs by")} >= {"obs by balanced", "obs by distortion"}
+    alone = onnxprune.prune(sided(), 0.4, calibration={"x": x}, criterion="obs", allocation=chosen)
+    assert alone.plan.to_json()["groups"] == result.plan.to_json()["groups"]
+
+
 @pytest.mark.parametrize(("batch", "samples"), [("N", 1), ("N", 3), ("4", 4), ("4", 8), ("4", 10)])
 def test_auto_works_with_few_samples_and_with_static_batches(batch: str, samples: int) -> None:
     model = sided()
