@@ -4,9 +4,8 @@
     python benchmarks/accuracy.py --part peers ours ablation minilm others
 
 One row is one result, made in a process of its own (or, `--together`, with all of its criterion) and measured by onnxruntime on
-data kept for reporting.  The rows are kept
-in docs/accuracy.json as they come: what is there is not run again.  docs/accuracy.md and docs/accuracy.svg are drawn from all
-rows.  benchmarks/README.md says what each part and column is.
+data kept for reporting.  The rows are kept in docs/accuracy.json as they come: what is there is not run again.  docs/accuracy.md
+and docs/accuracy.svg are drawn from all rows.  benchmarks/README.md says what each part and column is.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 
 `resnet` (64, 128, 256 channels) and `mobilenet` (32 to 512) are trained here, a few minutes each on one core, to read two digits of
 scikit-learn that lie over each other in noise; held-out digits are what accuracy is of.  For each share of the time: `--of latency`,
-then `--of macs` at the MACs that this left, and the same with `--target cpu`.  The whole model
-and the three are timed in turns.
+then `--of macs` at the MACs that this left, and the same with `--target cpu`.  The whole model and the
+three are timed in turns.
 """
 
 from __future__ import annotations
