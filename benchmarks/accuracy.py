@@ -4,8 +4,8 @@
     python benchmarks/accuracy.py --part peers ours ablation minilm others
 
 One row is one result, made in a process of its own (or, `--together`, with all of its criterion) and measured by onnxruntime on
-data kept for reporting.  The rows are kept in docs/accuracy.json as they come: what is there is not run again.  docs/accuracy.md
-and docs/accuracy.svg are drawn from all rows.  benchmarks/README.md says what each part and column is.
+data kept for reporting.  The rows are kept in docs/accuracy.json as they come: what is there is not run again.  docs/accuracy.md,
+docs/accuracy-pairs.md and docs/accuracy.svg are drawn from all rows.  benchmarks/README.md says what each part and column is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from typing import Any
 import accuracy_data
 import numpy as np
 from accuracy_data import SUBJECTS
-from accuracy_report import COMPENSATIONS, draw, markdown
+from accuracy_pairs import page
+from accuracy_report import draw, markdown
+from accuracy_tables import COMPENSATIONS, Row
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +37,6 @@ sys.path.insert(0, str(ROOT))
 PARTS = ("peers", "ours", "ablation", "minilm", "others")
 CIFAR = [name for name, subject in SUBJECTS.items() if subject.kind == "cifar"]
 OTHERS = [name for name, subject in SUBJECTS.items() if subject.kind == "other"]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -317,6 +318,7 @@ def main() -> None:
             print(f"{number}/{len(todo)} {job.model} {job.ratio} {row['method']} (seed {job.seed}): {said}", file=sys.stderr, flush=True)
     if rows:
         args.table.write_text(markdown(rows, args.default, args.free))
+        args.table.with_stem(f"{args.table.stem}-pairs").write_text(page(rows))
         try:
             draw(rows, args.default, args.free, args.plot)
         except ImportError as error:

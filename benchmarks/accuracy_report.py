@@ -9,44 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from accuracy_data import SUBJECTS
+from accuracy_pairs import few, summary
+from accuracy_tables import NAMES, Row, cell, grouped, mean, options, table
 
-Row = dict[str, Any]
 INTRODUCTION = """Top-1 accuracy on 5000 images, with 1024 unlabelled samples or none. `distill` fits all layers by gradient, `refine`
 pairs of them, everything else is in closed form; no labels, no training code. Made by
 `benchmarks/accuracy.py`; [benchmarks/README.md](../benchmarks/README.md) says how."""
 OUTPUTS = """Without and with the default's compensation; of several outputs the worst. YuNet's worst says whether there is a face; in these
 pictures is none, and it is close to zero everywhere."""
-NAMES = ("criterion", "allocation", "compensation", "calibration")
 CIFAR = [name for name, subject in SUBJECTS.items() if subject.kind == "cifar"]
-COMPENSATIONS = ("none", "mean", "moments", "update", "reconstruct", "refine", "distill")
 OTHERS = [name for name, subject in SUBJECTS.items() if subject.kind == "other"]
-
-
-def mean(rows: Iterable[Row], metric: str) -> float | None:
-    values = [row[metric] for row in rows if metric in row]
-    return statistics.fmean(values) if values else None
-
-
-def cell(rows: Sequence[Row], metric: str) -> str:
-    """The mean over the seeds; with what is gone where that is not what was asked for; nothing where nothing was run."""
-    value = mean(rows, metric)
-    if value is None:
-        return "fails" if rows else ""
-    gone, asked = mean(rows, "macs") or 0.0, rows[0]["ratio"]
-    text = f"{value:.3f}" if metric == "cosine" else f"{100 * value:.1f}"
-    return text if abs(gone - asked) <= 0.0105 else f"{text} ({gone:.0%} gone)"
-
-
-def table(head: Sequence[str], body: Iterable[Sequence[str]], left: int = 1) -> str:
-    rules = ["---" if i < left else "---:" for i in range(len(head))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rules, *body])
-
-
-def grouped(rows: Iterable[Row], *fields: str) -> dict[tuple[Any, ...], list[Row]]:
-    found: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        found[tuple(row[name] for name in fields)].append(row)
-    return found
 
 
 def matrix(rows: list[Row], models: Sequence[str]) -> str:
@@ -77,11 +49,6 @@ def failures(rows: list[Row]) -> str:
         if "failed" in row:
             reasons[row["failed"]].add(row["method"])
     return "\n".join(f"- {', '.join(sorted(methods))}: {reason}" for reason, methods in sorted(reasons.items()))
-
-
-def options(rows: Iterable[Row], **wanted: str) -> list[Row]:
-    """onnxprune's rows with these names."""
-    return [row for row in rows if row["options"] and all(row["options"][name] == value for name, value in wanted.items())]
 
 
 def best(rows: Iterable[Row], metric: str) -> tuple[float, str] | None:
@@ -125,41 +92,6 @@ def ablation(rows: list[Row], default: dict[str, str]) -> str:
     return matrix(chosen, CIFAR)
 
 
-def few(row: Row) -> bool:
-    """Of onnxprune, with a part of the samples."""
-    return bool(row["options"]) and ":" in row["options"]["calibration"]
-
-
-def crossed(rows: list[Row], default: dict[str, str]) -> str:
-    """Criteria by allocations, a table for each compensation with several of both; under the others one name away from the default.
-
-    On the model and ratio with the most of them.
-    """
-    cases = grouped(options(rows, calibration=default["calibration"]), "model", "ratio")
-    if not cases:
-        return ""
-    (model, ratio), some = max(cases.items(), key=lambda case: len(case[1]))
-    metric = SUBJECTS[model].measure
-    parts, single = [f"{model}, {ratio:.0%} of the MACs gone."], []
-    for compensation in COMPENSATIONS:
-        found = options(some, compensation=compensation)
-        criteria, allocations = (list(dict.fromkeys(row["options"][name] for row in found)) for name in NAMES[:2])
-        if sum(len(options(found, allocation=name)) > 2 for name in allocations) < 3:
-            single.append(compensation)
-            continue
-        cells = {(c, a): cell(options(found, criterion=c, allocation=a), metric) for c in criteria for a in allocations}
-        body = [[f"`{c}`", *(cells[c, a] for a in allocations)] for c in criteria]
-        parts.append(f"Compensation `{compensation}`:\n\n{table(['', *(f'`{a}`' for a in allocations)], body)}")
-    for name, other in (NAMES[:2], NAMES[1::-1]):
-        found = options(some, **{other: default[other]})
-        columns = [c for c in single if len({row["options"][name] for row in options(found, compensation=c)}) > 2]
-        tried = dict.fromkeys(row["options"][name] for row in found if row["options"]["compensation"] in columns)
-        body = [[f"`{t}`", *(cell(options(found, **{name: t, "compensation": c}), metric) for c in columns)] for t in tried]
-        if columns:
-            parts.append(f"Each {name}, {other} `{default[other]}`:\n\n{table(['', *(f'`{c}`' for c in columns)], body)}")
-    return "\n\n".join(parts)
-
-
 def featured(rows: list[Row], default: dict[str, str]) -> list[Row]:
     """The peers, and of onnxprune what has the default's criterion and allocation."""
     return [r for r in rows if not r["options"] or all(r["options"][name] == default[name] for name in NAMES[:2])]
@@ -193,24 +125,6 @@ def steps(rows: list[Row], default: dict[str, str]) -> str:
     return table(["model", "step", "s", "MiB"], body, left=2)
 
 
-def cube(rows: list[Row], default: dict[str, str]) -> str:
-    """Every criterion by every allocation by every compensation, which are run on few samples; first what wins."""
-    body, metric = [], SUBJECTS[rows[0]["model"]].measure
-    for compensation in dict.fromkeys((*COMPENSATIONS, *(row["options"]["compensation"] for row in rows))):
-        found = [row for row in options(rows, compensation=compensation) if metric in row]
-        if not found:
-            continue
-        ranked = sorted(found, key=lambda row: -row[metric])
-        own = options(found, criterion=default["criterion"], allocation=default["allocation"])
-        middle = ranked[0] | {metric: statistics.median(row[metric] for row in found), "macs": ranked[0]["ratio"]}
-        first, last = (
-            f"{cell([row], metric)} (`{row['options']['criterion']}`, `{row['options']['allocation']}`)" for row in (ranked[0], ranked[-1])
-        )
-        body.append([f"`{compensation}`", f"{len(found)}", first, cell(own, metric), cell([middle], metric), last])
-    pair = f"`{default['criterion']}`, `{default['allocation']}`"
-    return table(["compensation", "pairs", "best", pair, "median", "worst"], body)
-
-
 def markdown(rows: list[Row], names: Sequence[str], without: Sequence[str]) -> str:
     """The whole page; names and without: the settings that stand for onnxprune with and without samples."""
     default, free = (dict(zip(NAMES, values, strict=True)) for values in (names, without))
@@ -227,17 +141,8 @@ def markdown(rows: list[Row], names: Sequence[str], without: Sequence[str]) -> s
         parts.append(f"What fails:\n\n{failures(cifar)}")
     if any(row["options"] for row in cifar):
         parts.append(f"## What each compensation adds\n\n{ablation(cifar, default)}")
-    if many := crossed(cifar, default):
-        parts.append(f"## Criteria and allocations\n\n{many}")
-    for (model, _), every in grouped(partial, "model", "ratio").items():
-        for calibration in dict.fromkeys(row["options"]["calibration"] for row in every):
-            some, count = options(every, calibration=calibration), calibration.partition(":")[2]
-            kept = max((row["evaluated"] for row in some if "evaluated" in row), default=None)
-            on = f"Measured on {kept} of the samples that are kept for it.\n\n" if kept else ""
-            tables = crossed(some, default | {"calibration": calibration})
-            parts.append(
-                f"## Criteria, allocations and compensations with {count} samples: {model}\n\n{on}{cube(some, default)}\n\n{tables}"
-            )
+    if partial:
+        parts.append(f"## Which criterion and allocation\n\n{summary(partial, default)}")
     if minilm:
         parts.append(f"## all-MiniLM-L6-v2\n\nMean cosine of the sentence embeddings to the original's.\n\n{matrix(minilm, ['minilm'])}")
     if any("failed" in row for row in minilm):
