@@ -10,6 +10,7 @@ A compensation is a function (study, plan, pruned) -> (model, refits) registered
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from onnx import ModelProto
@@ -24,6 +25,7 @@ from onnxprune.reconstruction import Refit, reconstruct
 from onnxprune.refinement import refiner
 from onnxprune.registry import Registry
 from onnxprune.ridge import Fit
+from onnxprune.seats import Seat, seats
 from onnxprune.study import Study
 
 Made = tuple[ModelProto, list[Refit]]
@@ -61,7 +63,12 @@ def update(study: Study, plan: Plan, pruned: ModelProto) -> Made:
 @compensation("moments")
 def moments(study: Study, plan: Plan, pruned: ModelProto) -> Made:
     """Every channel of every layer gets the mean and deviation that it had: batch-norm recalibration, norms folded or not."""
-    return reconstruct(plan, pruned, study.batches, match_moments, matched=None, progress=study.progress)
+    return reconstruct(plan, pruned, study.batches, match_moments, matched=None, progress=study.progress, find=by_themselves)
+
+
+def by_themselves(plan: Plan, pruned: ModelProto) -> list[Seat]:
+    """The layers that see less, each to make what it made alone: not what a residual Add behind it should, no row more than another."""
+    return [replace(seat, layer=replace(seat.layer, normed=False), other="", bounds=None) for seat in seats(plan, pruned)]
 
 
 @compensation("reconstruct")

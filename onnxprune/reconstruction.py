@@ -58,6 +58,7 @@ Run = Callable[[int, Arrays], Arrays]
 After = Callable[[ModelProto, Seat], Refit | None]
 Solve = Callable[[Observed, np.ndarray, np.ndarray, bool], Fit]
 Match = Callable[[Plan, ModelProto, Product, Batches, float], Matched | None]
+Find = Callable[[Plan, ModelProto], list[Seat]]
 
 
 def reconstruct(
@@ -69,6 +70,7 @@ def reconstruct(
     held: float = 0.25,
     progress: Callable[[str], None] | None = None,
     after: After | None = None,
+    find: Find = seats,
 ) -> tuple[ModelProto, list[Refit]]:
     """A copy of the pruned model with the weights and biases of its layers fitted to the original, layer after layer.
 
@@ -76,13 +78,13 @@ def reconstruct(
     and shapes; a Conv, ConvTranspose or Gemm without a bias gets one.  Where a pass for each layer would take long, several layers
     share one, and only layers that lost inputs are fitted.  matched: fits products of two activations that lost terms, such as queries
     by keys, when the layers before them are done; None: they are left alone.  after: what may change the model further when a layer is
-    fitted; it is left out where layers share passes.
+    fitted; it is left out where layers share passes.  find: the layers to fit, and what each is to make.
     """
     out = ModelProto()
     out.CopyFrom(pruned)
     widths = Widths(plan.grouping, plan.remove)
     sizes = [max((len(v) for v in feeds.values() if np.ndim(v)), default=1) for feeds in batches()]
-    stages, hurried = _stages(plan, seats(plan, out), sum(sizes))
+    stages, hurried = _stages(plan, find(plan, out), sum(sizes))
     waiting = narrowed(plan, out) if matched is not None else []
     report: list[Refit] = []
     if len(sizes) < 2 and progress:

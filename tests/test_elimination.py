@@ -153,11 +153,11 @@ def test_the_update_in_one_shot_is_the_closed_form(kind: str) -> None:
     np.testing.assert_allclose(after[added], shift, atol=2e-3)
 
 
-def means(model: object, x: np.ndarray, *names: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def means(model: object, x: np.ndarray, *names: str, channels: int = 1) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Mean and variance of each channel of some values."""
     found = run(watched(model, *names), {"x": x})  # type: ignore[arg-type]
-    wide = {name: found[name].astype(np.float64) for name in names}
-    return {n: (a.mean(axis=(0, *range(2, a.ndim))), a.var(axis=(0, *range(2, a.ndim)))) for n, a in wide.items()}
+    wide = {name: np.moveaxis(found[name].astype(np.float64), channels, 0).reshape(found[name].shape[channels], -1) for name in names}
+    return {n: (a.mean(axis=1), a.var(axis=1)) for n, a in wide.items()}
 
 
 @pytest.mark.parametrize("kind", ["Conv", "Conv without a bias", "ConvTranspose", "Gemm"])
@@ -180,6 +180,38 @@ def test_moment_matching_keeps_mean_and_variance_of_every_channel() -> None:
     for part in (0, 1):
         np.testing.assert_allclose(made["i"][part], wanted["i"][part][kept], rtol=2e-3, atol=1e-3)
         np.testing.assert_allclose(made["y"][part], wanted["y"][part], rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["Conv", "MatMul before a norm"])
+def test_moments_in_a_residual_branch_are_those_that_the_branch_had(kind: str) -> None:
+    """Not those of what the Add lacks: the stream's error, which the branch cannot see, would scale up block after block."""
+    rng = np.random.default_rng(0)
+    if kind == "Conv":
+        body = (
+            "s = Conv(x, u) h = Conv(s, a) p = Relu(h) b = Conv(p, c) t = Add(s, b) i = Conv(t, d) q = Relu(i) e = Conv(q, f) y = Add(t, e)"
+        )
+        weights: dict[str, Weight] = {
+            "u": (10, 3, 1, 1),
+            "a": (16, 10, 1, 1),
+            "c": (10, 16, 1, 1),
+            "d": (16, 10, 1, 1),
+            "f": (10, 16, 1, 1),
+        }
+        shape, rank = (48, 3, 6, 6), "6, 6"
+        model, x = build(f"float[N, 3, {rank}] x", body, f"float[N, 10, {rank}] y", weights), rng.standard_normal(shape)
+    else:
+        body = """s = MatMul(x, u) h = MatMul(s, a) p = Relu(h) z = MatMul(p, c) b = Add(z, k) t = Add(s, b) n = LayerNormalization(t, g, l)
+                  i = MatMul(n, d) q = Relu(i) w = MatMul(q, f) e = Add(w, o) r = Add(t, e) y = LayerNormalization(r, g, l)"""
+        weights = {"u": (3, 10), "a": (10, 16), "c": (16, 10), "d": (10, 16), "f": (16, 10), **dict.fromkeys("kgolo", (10,))}
+        model, x = build("float[N, 36, 3] x", body, "float[N, 36, 10] y", weights), rng.standard_normal((48, 36, 3))
+    x = x.astype(np.float32)
+    options = {"calibration": {"x": x}, "criterion": "l2", "allocation": "uniform"}
+    names = ("none", "moments")
+    cut, mended = (onnxprune.prune(model, 0.5, compensation=name, **options).model for name in names)  # type: ignore[arg-type]
+    channels = 1 if kind == "Conv" else 2
+    wanted, plain, made = (np.array(list(means(proto, x, "b", "e", channels=channels).values())) for proto in (model, cut, mended))
+    np.testing.assert_allclose(made, wanted, rtol=2e-3, atol=1e-3)
+    assert np.abs(plain - wanted).max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["mean", "update", "moments", "reconstruct"])
