@@ -68,6 +68,8 @@ class Tap:
         self, proto: ModelProto, values: Iterable[str], threads: int = 0, known: Mapping[str, np.dtype[Any]] | None = None
     ) -> None:
         values = list(dict.fromkeys(values))
+        if known and any(node.op_type == "QuantizeLinear" for node in proto.graph.node):
+            proto = as_float32(proto)  # before it is cut: of a value that is cut off the way back to floats nothing else is known
         part = towards(proto, values, known)
         self._inputs = [v.name for v in part.graph.input]
         self._outputs = [v.name for v in part.graph.output]

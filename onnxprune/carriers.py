@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -37,7 +38,8 @@ class Carrier:
 def carrier(model: Model, pruned: ModelProto, value: str, feeds: Arrays) -> Carrier | None:
     """The layer that makes a value of the pruned model; None where something else than reshapes and a scale lies between.
 
-    model: the original.  None too where the same columns of the layer are read elsewhere, and where it is a grouped convolution.
+    model: the original; feeds: one batch, and other values of the pruned model as far as they are known.  None too where the same
+    columns of the layer are read elsewhere, and where it is a grouped convolution.
     """
     layer = _behind(model, pruned, value)
     if layer is None:
@@ -131,7 +133,7 @@ def _probed(pruned: ModelProto, seat: Seat, width: int, values: Iterable[str], f
     after = len(seat.shape.strides) if layer.op in CONVOLUTIONS else int(seat.shape.left)  # axes behind the channels
     shape = [width, *[1] * after]
     probed.graph.input.append(helper.make_tensor_value_info(numbers, TensorProto.FLOAT, shape))
-    tap = Tap(probed, values)
+    tap = Tap(probed, values, known=_before(pruned, layer.output, feeds))
     counted = tap.run({**feeds, numbers: np.arange(1, width + 1, dtype=np.float32).reshape(shape)})
     ones = tap.run({**feeds, numbers: np.ones(shape, np.float32)})
     found: dict[str, tuple[np.ndarray, float] | None] = {}
@@ -144,3 +146,13 @@ def _probed(pruned: ModelProto, seat: Seat, width: int, values: Iterable[str], f
             if np.abs(columns - whole).max() < 0.1:
                 found[name] = whole.astype(np.int64) - 1, scale
     return found
+
+
+def _before(proto: ModelProto, value: str, feeds: Arrays) -> dict[str, np.dtype[Any]]:
+    """The types of what is known beside the inputs, if none of it is made of a value."""
+    known = {name: array.dtype for name, array in feeds.items() if name not in {v.name for v in proto.graph.input}}
+    behind = {value}
+    for node in proto.graph.node:
+        if behind.intersection(node.input) or behind & captured(node):
+            behind.update(node.output)
+    return {} if behind & known.keys() else known

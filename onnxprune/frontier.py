@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto
 
 from onnxprune.capture import Tap
-from onnxprune.running import Arrays, as_float32
+from onnxprune.running import Arrays
 from onnxprune.scopes import captured
 
 ROOM = 2**29  # bytes to keep, at most: where it is more, runs start from further back
@@ -28,6 +28,15 @@ class Frontier:
         self._kept: list[Arrays] = [{} for _ in range(self._total)]
         self._done: set[str] = set()
 
+    def change(self, node: NodeProto) -> None:
+        """A node is about to be another than it was."""
+        if _name(node.output) in self._done:
+            self.forget()
+
+    def kept(self, number: int) -> Arrays:
+        """The values that are known of a batch."""
+        return {name: array for name, array in self._kept[number].items() if all(name in kept for kept in self._kept)}
+
     def tap(self, proto: ModelProto, values: Iterable[str], changing: Collection[str] = ()) -> Callable[[int, Arrays], Arrays]:
         """A function (number of the batch, its feeds) -> {value: array}, to be called for each batch.
 
@@ -36,9 +45,7 @@ class Frontier:
         """
         values = list(dict.fromkeys(values))
         done = self._done | (_behind(proto, values) & _settled(proto, changing))
-        known = {name: array.dtype for name, array in self._kept[0].items() if all(name in kept for kept in self._kept)}
-        if any(node.op_type == "QuantizeLinear" for node in proto.graph.node):
-            proto = as_float32(proto)  # before it is cut: of a value that is cut off the way back to floats nothing else is known
+        known = {name: array.dtype for name, array in self.kept(0).items()}
         keep = _crossing(proto, done) if self._room else []
         tap = Tap(proto, [*values, *keep], known=known)
         keeping = bool(keep) and not tap.others

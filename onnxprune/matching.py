@@ -11,14 +11,14 @@ it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from onnx import ModelProto, numpy_helper
 
-from onnxprune.capture import Tap
 from onnxprune.carriers import Carrier, carrier
+from onnxprune.frontier import Frontier
 from onnxprune.linear import made_by
 from onnxprune.moments import ROOM
 from onnxprune.plans import Plan
@@ -51,28 +51,39 @@ def narrowed(plan: Plan, pruned: ModelProto) -> list[Product]:
     return [p for p in alike if widths.mask((p.left, p.axis)) is not None]
 
 
-def match(plan: Plan, pruned: ModelProto, product: Product, batches: Batches, held: float = 0.25) -> Matched | None:
+def match(
+    plan: Plan,
+    pruned: ModelProto,
+    product: Product,
+    batches: Batches,
+    held: float = 0.25,
+    known: tuple[Frontier, Frontier] | None = None,
+    changing: Collection[str] = (),
+) -> Matched | None:
     """Fit one product and write it into the pruned model's weights; None where it cannot go there without another node.
 
     That is where a norm, a rotary embedding or the like stands between both layers and the product, or where the same columns
-    are read elsewhere.
+    are read elsewhere.  known: how far the pruned model and the original have been run; changing: of the pruned one what will change
+    beside this product.
     """
     model = plan.grouping.model
     node = made_by(pruned.graph.node)[model.main[product.node].output[0]]
-    seat = _seat(plan, pruned, product, node.input[0], node.input[1], next(iter(batches())))
+    total = sum(1 for _ in batches())
+    mine, whole = known or (Frontier(total, 0), Frontier(total, 0))
+    seat = _seat(plan, pruned, product, node.input[0], node.input[1], {**next(iter(batches())), **mine.kept(0)})
     if seat is None:
         return None
+    mine.change(seat.carrier.seat.node)
     affine = seat.carrier.seat.layer.takes_bias and not (seat.right and product.logits)
     problem = _Problem(seat, affine)
     widths = Widths(plan.grouping, plan.remove)
-    mine = Tap(pruned, [node.input[0], node.input[1]])
-    original = Tap(model.proto, [product.left, product.right])
-    total = sum(1 for _ in batches())
+    ahead = mine.tap(pruned, [node.input[0], node.input[1]], {*changing, *seat.carrier.seat.node.output})
+    goals = whole.tap(model.proto, [product.left, product.right])
     every = max(2, min(round(1 / held), total))  # one batch is held out where there are two
     for number, feeds in enumerate(batches()):
-        now, then = mine.run(feeds), original.run(feeds)
-        whole = {name: _kept(then[name], widths, product, name) for name in (product.left, product.right)}
-        sides = product.turned(whole, product.left, product.right), product.turned(now, node.input[0], node.input[1])
+        now, then = ahead(number, feeds), goals(number, feeds)
+        wide = {name: _kept(then[name], widths, product, name) for name in (product.left, product.right)}
+        sides = product.turned(wide, product.left, product.right), product.turned(now, node.input[0], node.input[1])
         problem.add(product, *sides, feeds, number % every == every - 1, total)
     if not (problem.seen or problem.held):
         return None

@@ -7,7 +7,7 @@ that the error that has come along the residual stream is taken back in the bran
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -57,7 +57,7 @@ class Refit:
 Run = Callable[[int, Arrays], Arrays]
 After = Callable[[ModelProto, Seat], Refit | None]
 Solve = Callable[[Observed, np.ndarray, np.ndarray, bool], Fit]
-Match = Callable[[Plan, ModelProto, Product, Batches, float], Matched | None]
+Match = Callable[[Plan, ModelProto, Product, Batches, float, tuple[Frontier, Frontier], Collection[str]], Matched | None]
 Find = Callable[[Plan, ModelProto], list[Seat]]
 
 
@@ -94,13 +94,25 @@ def reconstruct(
         if progress:
             progress("no layers are refined together: the model or the calibration set is too large")
     mine, whole = Frontier(len(sizes), 0 if after else ROOM), Frontier(len(sizes))  # after: the layer before may change, too
+
+    def fit_products(end: float, changing: Collection[str]) -> None:
+        """Those before a node."""
+        while matched is not None and waiting and waiting[0].node < end:
+            product = waiting.pop(0)
+            node = plan.grouping.model.main[product.node]
+            name = node.name or node.output[0]
+            found = matched(plan, out, product, batches, held, (mine, whole), changing)
+            if found:
+                report.append(Refit(name, found.before, found.after, found.shrinkage))
+            if progress:
+                why = "is left alone: more than reshapes and a scale is between it and the layers before"
+                progress(f"fitted {name}" if found else f"{name} {why}")
+
     for number, stage in enumerate(stages):
-        while matched is not None and waiting and waiting[0].node < stage[0].layer.node:
-            report += _matched(plan, out, waiting.pop(0), batches, matched, held, progress)
-            mine.forget()
+        changing = {name for seat in chain(*stages[number:]) for name in (seat.weight, *seat.node.output) if name}
+        fit_products(stage[0].layer.node, changing)
         if progress:
             progress(f"fitting the layers that stay, pass {number + 1} of {len(stages)}")
-        changing = {name for seat in chain(*stages[number:]) for name in (seat.weight, *seat.node.output) if name}
         ahead = mine.tap(out, [name for seat in stage for name in (seat.source, seat.other) if name], changing)
         spelled = spelled_out(plan.grouping.model, (seat.layer for seat in stage))
         goals = whole.tap(spelled, [seat.goal for seat in stage])
@@ -110,21 +122,8 @@ def reconstruct(
             more = after(out, seat) if after else None
             if more:
                 report.append(more)
-    while matched is not None and waiting:
-        report += _matched(plan, out, waiting.pop(0), batches, matched, held, progress)
+    fit_products(math.inf, ())
     return out, report
-
-
-def _matched(
-    plan: Plan, proto: ModelProto, product: Product, batches: Batches, solve: Match, held: float, progress: Callable[[str], None] | None
-) -> list[Refit]:
-    """Fit a product; nothing to report where that is not possible."""
-    node = plan.grouping.model.main[product.node]
-    name = node.name or node.output[0]
-    found = solve(plan, proto, product, batches, held)
-    if progress:
-        progress(f"fitted {name}" if found else f"{name} is left alone: more than reshapes and a scale is between it and the layers before")
-    return [Refit(name, found.before, found.after, found.shrinkage)] if found else []
 
 
 def _stages(plan: Plan, todo: list[Seat], samples: int) -> tuple[list[list[Seat]], bool]:

@@ -17,7 +17,9 @@ from test_attention_compensation import ATTEND, LAYERS, PARTED, ROWS, SEPARATE, 
 import onnxprune
 from onnxprune import frontier, reconstruction
 from onnxprune.capture import Tap
+from onnxprune.carriers import carrier
 from onnxprune.frontier import Frontier
+from onnxprune.importer import load
 from onnxprune.running import Arrays
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
@@ -99,8 +101,10 @@ def test_what_was_run_is_run_again_when_it_has_changed_after_all() -> None:
     proto = parsed("a = MatMul(x, w)\n b = Relu(a)\n out = MatMul(b, v)", w=weight(0), v=weight(1))
     known, feeds = Frontier(1), batches(1)
     known.tap(proto, ["b"])(0, feeds[0])
+    known.change(proto.graph.node[2])
+    assert known.kept(0)  # that node has not run
+    known.change(proto.graph.node[0])
     proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight(2), "w"))
-    known.forget()
     expected = Tap(proto, ["out"]).run(feeds[0])["out"]
     np.testing.assert_allclose(known.tap(proto, ["out"])(0, feeds[0])["out"], expected, rtol=1e-5)
 
@@ -161,6 +165,31 @@ def test_too_much_to_keep_is_not_kept() -> None:
     proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight(2), "w"))  # shows: from the inputs on it is another model
     expected = Tap(proto, ["out"]).run(feeds[0])["out"]
     np.testing.assert_allclose(known.tap(proto, ["out"])(0, feeds[0])["out"], expected, rtol=1e-5)
+
+
+def test_layers_behind_a_product_of_queries_and_keys_begin_where_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, many = nodes_run(monkeypatch), 60
+    chain = " ".join(f"x{i + 1} = Tanh (x{i})" for i in range(many))
+    body = f"x0 = Identity (a) {chain} x = Mul (x{many}, ten) {LAYERS} {PARTED} {ATTEND} y = MatMul (z, wo)"
+    weights = {**SPREAD, **SEPARATE, "ten": np.array(10, np.float32)}
+    model = build(ROWS.replace("x", "a"), body, "float y", weights, opset=13, seed=3)
+    samples = {"a": np.random.default_rng(0).normal(size=(48, 5, 8)).astype(np.float32)}
+    result = onnxprune.prune(
+        model, 0.4, calibration=samples, allocation="uniform", criterion="l2", compensation="reconstruct", verify=False
+    )
+    assert [refit.node for refit in result.refits] == ["s", "y"]
+    assert sum(counts) < 3 * many  # once for each of the two models, and what comes after
+
+
+def test_what_is_made_of_the_layer_itself_does_not_hide_it_from_the_probe() -> None:
+    model = load(made("separate"))
+    feeds = {"x": np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)}
+    plain = carrier(model, model.proto, "qt", feeds)
+    later = Tap(model.proto, ["qm", "qr", "kt"]).run(feeds)
+    known = carrier(model, model.proto, "qt", {**feeds, **later})
+    assert plain is not None
+    assert known is not None
+    np.testing.assert_array_equal(known.columns, plain.columns)
 
 
 @pytest.mark.parametrize("passes", [0, 2, 1000])
