@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count, takewhile
 
 import numpy as np
 from onnx import ModelProto
@@ -73,6 +74,12 @@ def first_right(
     if failure is not None:
         raise failure
     return None
+
+
+def least(choice_of: Callable[[float], Choice], ratio: float) -> float | None:
+    """What goes where a ratio is doubled until something does; choice_of: the choice at so many times the ratio; None: never anything."""
+    shares = takewhile(lambda share: share * ratio < 1, (2.0**k for k in count(1)))
+    return next((choice.reached for choice in map(choice_of, shares) if choice.remove), None)
 
 
 def lost_without(

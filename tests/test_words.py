@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -73,6 +74,17 @@ def test_samples_that_are_all_alike_are_said() -> None:
     assert not any(
         "cannot tell" in one for one in cautions(onnxprune.prune(two_ways(), 0.3, calibration=other, compensation="reconstruct"))
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"of": "params"}, {"criterion": "obs", "calibration": "noise", "compensation": "update"}])
+def test_a_ratio_below_one_unit_is_told_the_least_that_can_go(options: dict[str, Any]) -> None:
+    with pytest.raises(onnxprune.OnnxPruneError, match="least that can go") as refused:
+        onnxprune.prune(MODELS / "digits-resnet.onnx", 1e-6, **options)
+    assert refused.value.exit_code == 3
+    said = re.search(r"is ([\d.]+)% of", str(refused.value))
+    assert said
+    least = float(said[1]) / 100
+    assert 0 < onnxprune.prune(MODELS / "digits-resnet.onnx", least, **options).reached < 0.01
 
 
 def test_a_proof_on_inputs_that_show_nothing_of_what_went_says_so() -> None:
