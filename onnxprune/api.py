@@ -24,7 +24,7 @@ from onnxprune.allocations import (
 from onnxprune.branches import with_branches
 from onnxprune.calibration import read_calibration
 from onnxprune.certificate import Bench, Proof, certify, runner
-from onnxprune.choosing import Left, chosen_for, first_right, landed, least, lost_without
+from onnxprune.choosing import Left, chosen_for, first_right, landed, lost_without, nothing_goes
 from onnxprune.compensation import TURNING, check_compensation
 from onnxprune.criteria import criterion as criteria
 from onnxprune.depth import at_granularity, check_granularity
@@ -230,12 +230,8 @@ def prune(
     result = first_right(Left(ground.grouping, ground.proof, selection.scores, lost, shares), choice_of, made_by, progress)
     if result is not None:
         return result
-    if not selection.scores:
-        raise OnnxPruneError(f"{loaded.name}: to cut none of its branches is closest to {ratio:.1%} of {of}; ask for more", 3)
-    step = least(lambda share: widths(selection.scores, selection.allocation, selection.losses, share), ratio)
-    if step is not None:
-        raise OnnxPruneError(f"{loaded.name}: the least that can go is {step:.2%} of {of}; ask for that, not {ratio:.2%}", 3)
-    raise OnnxPruneError(f"{loaded.name}: nothing can go within --min-keep {min_keep:g} and the alignment; ask for less of them", 3)
+    found = selection.scores, selection.allocation, selection.losses
+    raise nothing_goes(loaded.name, ratio, of, min_keep, lambda share: widths(*found, share) if selection.scores else None)
 
 
 def apply(

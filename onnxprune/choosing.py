@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, takewhile
 
 import numpy as np
 from onnx import ModelProto
@@ -14,7 +13,7 @@ from onnxprune.certificate import Bench, Proof, prepare
 from onnxprune.cost import Cuts, Measure
 from onnxprune.depth import Blocks, mixed
 from onnxprune.equivalence import influences
-from onnxprune.errors import ProofError
+from onnxprune.errors import OnnxPruneError, ProofError
 from onnxprune.ground import Ground
 from onnxprune.grouping import Grouping, without
 from onnxprune.importer import Model
@@ -76,10 +75,15 @@ def first_right(
     return None
 
 
-def least(choice_of: Callable[[float], Choice], ratio: float) -> float | None:
-    """What goes where a ratio is doubled until something does; choice_of: the choice at so many times the ratio; None: never anything."""
-    shares = takewhile(lambda share: share * ratio < 1, (2.0**k for k in count(1)))
-    return next((choice.reached for choice in map(choice_of, shares) if choice.remove), None)
+def nothing_goes(name: str, ratio: float, of: str, min_keep: float, choice_of: Callable[[float], Choice | None]) -> OnnxPruneError:
+    """Why nothing goes, and what to ask for; choice_of: the choice of widths at so many times the ratio, None where there are none."""
+    if choice_of(1.0) is None:
+        return OnnxPruneError(f"{name}: to cut none of its branches is closest to {ratio:.1%} of {of}; ask for more", 3)
+    more = (choice_of(2.0**k) for k in range(1, 64) if 2.0**k * ratio < 1)
+    least = next((choice.reached for choice in more if choice and choice.remove), None)
+    if least is not None:
+        return OnnxPruneError(f"{name}: the least that can go is {least:.2%} of {of}; ask for that, not {ratio:.2%}", 3)
+    return OnnxPruneError(f"{name}: nothing can go within --min-keep {min_keep:g} and the alignment; ask for less of them", 3)
 
 
 def lost_without(
