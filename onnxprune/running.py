@@ -45,8 +45,9 @@ def session(proto: ModelProto, provider: str = "CPUExecutionProvider", optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     skipped = ["Pad_Fusion"] if optimize else None
     try:
-        if writing.fits(proto):
-            return ort.InferenceSession(proto.SerializeToString(), options, providers=[provider], disabled_optimizers=skipped)
+        message = writing.packed(proto)
+        if message is not None:
+            return ort.InferenceSession(message, options, providers=[provider], disabled_optimizers=skipped)
         with tempfile.TemporaryDirectory() as folder:  # more than one message holds
             path = Path(folder) / "model.onnx"
             writing.write_model(proto, path)

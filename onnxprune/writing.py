@@ -97,13 +97,19 @@ def write_model(
 
 def fits(proto: ModelProto) -> bool:
     """Whether a model is small enough for one message; protobuf does not say how large one is that is not."""
+    return packed(proto) is not None
+
+
+def packed(proto: ModelProto) -> bytes | None:
+    """A model as one message, None where it is too large for one."""
     inside = (t for t in proto.graph.initializer if t.data_location != TensorProto.EXTERNAL)
     if sum(length_of(t) or 0 for t in inside if t.HasField("raw_data")) > LARGEST:
-        return False
+        return None
     try:
-        return bool(proto.ByteSize() <= LARGEST)
+        message = proto.SerializeToString()
     except EncodeError:
-        return False
+        return None
+    return message if len(message) <= LARGEST else None
 
 
 def check_free(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
