@@ -11,6 +11,7 @@ from onnxprune.result import Result
 
 NEARLY_ALL = 0.85  # share of its units that a group has lost then
 UNMOVED = 1e-6  # standard deviations
+WORSE = 1.02  # times what is lost by the removal alone: more than rounding
 ENOUGH = 64  # samples from which on what is fitted to them is worth something elsewhere, as a rule
 
 
@@ -22,6 +23,7 @@ def cautions(result: Result, evaluation: Evaluation | None = None) -> list[str]:
         noise = options.get("calibration") == "noise"
         where = "the made-up samples ('noise')" if noise else "the calibration samples"
         found += cannot_tell(result.fidelity[0].outputs, where, "give --calibration real samples, such as --calibration data.npz")
+        found += _harmful(result)
     if evaluation is not None:
         found += cannot_tell(evaluation.outputs, "the samples of --eval", "give --eval others, as the model sees them in use")
     return found
@@ -73,6 +75,16 @@ def _few(result: Result) -> list[str]:
         f"only {samples}: what is left was fitted to them and compared on them, so other inputs lose more than is shown; give a few "
         "hundred with --calibration, and others with --eval to see"
     ]
+
+
+def _harmful(result: Result) -> list[str]:
+    """That what was to make up for the loss added to it, on the very samples that it was made by."""
+    before, after = result.fidelity or (None, None)
+    name = result.plan.options.get("compensation")
+    if before is None or after is None or after.loss <= WORSE * before.loss or name in ("none", None):
+        return []
+    instead = "give more samples, or --compensation none" if name == "distill" else "use --compensation distill"
+    return [f"--compensation {name} left the outputs further from the original's than removing the units alone; {instead}"]
 
 
 def _lopsided(result: Result) -> list[str]:

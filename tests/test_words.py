@@ -87,6 +87,23 @@ def test_a_ratio_below_one_unit_is_told_the_least_that_can_go(options: dict[str,
     assert 0 < onnxprune.prune(MODELS / "digits-resnet.onnx", least, **options).reached < 0.01
 
 
+def test_a_compensation_that_does_harm_says_so() -> None:
+    """Two ways that cancel each other: what one of them loses, the other one does not bring back by more variance."""
+    rng = np.random.default_rng(0)
+    w1, w2 = (rng.standard_normal(SIZES[name]).astype(np.float32) for name in ("w1", "w2"))
+    model = two_ways(w1=w1, w2=w2, v1=w1[:, :6], v2=-w2[:6] * np.float32(0.9))
+    data = {"x": rng.standard_normal((256, 4)).astype(np.float32)}
+    said = {}
+    for name in ("moments", "reconstruct"):
+        result = onnxprune.prune(model, 0.4, calibration=data, criterion="random", compensation=name, allocation="uniform")
+        assert result.fidelity is not None
+        harm = result.fidelity[1].loss > result.fidelity[0].loss
+        said[name] = [one for one in cautions(result) if "further from the original's" in one]
+        assert bool(said[name]) == harm == (name == "moments"), name
+    assert "--compensation moments" in said["moments"][0]
+    assert "use --compensation distill" in said["moments"][0]
+
+
 def test_a_proof_on_inputs_that_show_nothing_of_what_went_says_so() -> None:
     model = two_layers()
     weights = {t.name: onnx.numpy_helper.to_array(t).copy() for t in model.graph.initializer}
