@@ -82,12 +82,12 @@ def averages(rows: list[Row], name: str) -> str:
         (kind, c): statistics.fmean(found[kind, o, c] for o in others) if all((kind, o, c) in found for o in others) else None
         for kind, c in itertools.product(kinds, compensations)
     }
-    best = {c: max((m for kind in kinds if (m := means[kind, c]) is not None), default=None) for c in compensations}
+    texts = {pair: "" if value is None else figure(value, metric) for pair, value in means.items()}
+    best = {c: figure(max(known), metric) for c in compensations if (known := [m for k in kinds if (m := means[k, c]) is not None])}
 
     def entry(kind: str, compensation: str) -> str:
-        value = means[kind, compensation]
-        text = "" if value is None else figure(value, metric)
-        return f"**{text}**" if text and value == best[compensation] else text
+        text = texts[kind, compensation]
+        return f"**{text}**" if text and text == best[compensation] else text
 
     return table([name, *(f"`{c}`" for c in compensations)], [[f"`{kind}`", *(entry(kind, c) for c in compensations)] for kind in kinds])
 
