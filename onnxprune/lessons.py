@@ -38,7 +38,7 @@ DRAWN = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "Random
 WEIGHED = {  # which inputs of which operators are weights
     **dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), (1, 2)),
     **dict.fromkeys(("LayerNormalization", "BatchNormalization", "InstanceNormalization", "GroupNormalization"), (1, 2)),
-    "LSTM": (1, 2, 3),
+    **dict.fromkeys(RECURRENT, (1, 2, 3)),
     **dict.fromkeys(("RMSNormalization", "SimplifiedLayerNormalization", "PRelu"), (1,)),
     **dict.fromkeys(("MatMul", "Einsum", "Add", "Mul"), (0, 1)),
     "Sub": (1,),

@@ -172,6 +172,19 @@ CASES = [
     Case("LSTM", ((5, 2, 3), (1, 16, 3), (1, 16, 4), (1, 32), None, (1, 2, 4), (1, 2, 4)), {"hidden_size": 4}, outputs=3),
     Case("LSTM", ((5, 2, 3), (2, 16, 3), (2, 16, 4), (2, 32)), {"hidden_size": 4, "direction": "bidirectional"}, outputs=2),
     Case("LSTM", ((4, 1, 3), (1, 8, 3), (1, 8, 2)), {"hidden_size": 2, "direction": "reverse"}),
+    *(
+        Case("GRU", shapes, {"hidden_size": 4, "direction": way, "linear_before_reset": late}, outputs=outputs)
+        for late in (0, 1)
+        for shapes, way, outputs in (
+            (((5, 2, 3), (1, 12, 3), (1, 12, 4), (1, 24), None, (1, 2, 4)), "forward", 2),
+            (((5, 2, 3), (2, 12, 3), (2, 12, 4), (2, 24)), "bidirectional", 2),
+            (((4, 1, 3), (1, 12, 3), (1, 12, 4)), "reverse", 1),
+        )
+    ),
+    Case("RNN", ((5, 2, 3), (1, 4, 3), (1, 4, 4), (1, 8), None, (1, 2, 4)), {"hidden_size": 4}, outputs=2),
+    Case("RNN", ((5, 2, 3), (2, 4, 3), (2, 4, 4), (2, 8)), {"hidden_size": 4, "direction": "bidirectional"}, outputs=2),
+    Case("RNN", ((4, 1, 3), (1, 2, 3), (1, 2, 2)), {"hidden_size": 2, "direction": "reverse"}),
+    *(Case("RNN", ((4, 2, 3), (1, 5, 3), (1, 5, 5), (1, 10)), {"hidden_size": 5, "activations": [f]}) for f in ("Relu", "Sigmoid")),
     Case("ReduceMean", ((2, 3, 4), ints(-1)), {"keepdims": 0}),
     Case("ReduceMean", ((2, 3, 4),), {"axes": [0, 2]}, opset=17),
     Case("ReduceSum", ((2, 3, 4), ints(1, 2)), {"keepdims": 1}),
@@ -369,6 +382,15 @@ def test_what_reaches_an_end_through_a_sequence_gets_no_gradient() -> None:
         Case("LSTM", ((4, 2, 3), (1, 8, 3), (1, 8, 2), None, np.array([4, 2], np.int32)), {"hidden_size": 2}),
         Case("LSTM", ((4, 2, 3), (1, 8, 3), (1, 8, 2)), {"hidden_size": 2, "activations": ["Sigmoid", "Relu", "Tanh"]}),
         Case("LSTM", ((4, 2, 3), (1, 8, 3), (1, 8, 2), None, None, None, None, (1, 6)), {"hidden_size": 2}),
+        Case("GRU", ((4, 2, 3), (1, 6, 3), (1, 6, 2), None, np.array([4, 2], np.int32)), {"hidden_size": 2}),
+        Case("GRU", ((4, 2, 3), (1, 6, 3), (1, 6, 2)), {"hidden_size": 2, "activations": ["Sigmoid", "Relu"]}),
+        Case("GRU", ((4, 2, 3), (1, 6, 3), (1, 6, 2)), {"hidden_size": 2, "clip": 0.5}),
+        Case("RNN", ((4, 2, 3), (1, 2, 3), (1, 2, 2)), {"hidden_size": 2, "activations": ["Softsign"]}),
+        Case(
+            "RNN",
+            ((4, 2, 3), (2, 2, 3), (2, 2, 2)),
+            {"hidden_size": 2, "direction": "bidirectional", "activations": ["Relu", "Tanh"]},
+        ),
         Case("Einsum", ((2, 3), (1, 4)), {"equation": "ab,bc->ac"}),
         Case("Einsum", ((2, 3), (3, 4)), {"equation": "ab,bc->b"}),
         Case("Dropout", ((2, 3), np.float32(0.5), np.array(True))),

@@ -10,6 +10,7 @@ import pytest
 from onnx import ModelProto, numpy_helper
 from outside import Weight, build
 
+import onnxprune
 from onnxprune import leastsquares
 from onnxprune.capture import Tap
 from onnxprune.evidence import gather
@@ -120,3 +121,24 @@ def test_inputs_count_by_their_share_of_the_gates(op: str) -> None:
     by_hand = (x**2).mean(axis=0) * (whole["w"].reshape(-1, WIDE) ** 2).sum(axis=0) / (gates**2).sum(axis=1).mean()
     assert energy(evidence, mine, np.random.default_rng(0)) == pytest.approx(by_hand, rel=1e-4)
     assert obs(evidence, mine, np.random.default_rng(0)).argmin() in (3, 5)
+
+
+@pytest.mark.parametrize(("op", "late"), [("LSTM", 0), ("GRU", 0), ("GRU", 1), ("RNN", 0)])
+def test_all_weights_of_recurrent_layers_are_distilled(op: str, late: int) -> None:
+    form = ", linear_before_reset=1" if late else ""
+    body = f"""p = Transpose <perm=[1,0,2]> (x) m = MatMul (p, w1) h = Relu (m) a = {op} <hidden_size={WIDE}{form}> (h, w, r, b)
+               t = Transpose <perm=[2,0,1,3]> (a) z = Reshape (t, order) y = MatMul (z, w2)"""
+    rows = GATES[op] * WIDE
+    weights: dict[str, Weight] = {"w1": (6, WIDE), "w": (1, rows, WIDE), "r": (1, rows, WIDE), "b": (1, 2 * rows), "w2": (WIDE, 4)}
+    model = build("float[N,7,6] x", body, "float y", {**weights, "order": [0, 0, -1]}, seed=2)
+    x = np.random.default_rng(0).standard_normal((512, 7, 6)).astype(np.float32)
+    found = {
+        name: onnxprune.prune(model, 0.3, calibration={"x": x[:256]}, criterion="obs", allocation="uniform", compensation=name)
+        for name in ("reconstruct", "distill")
+    }
+    goal, *others = (outputs(m, lambda: iter([{"x": x[256:]}])) for m in (model, *(result.model for result in found.values())))
+    before, after = (error / np.mean(goal**2) for error in (np.mean((other - goal) ** 2) for other in others))
+    assert after < 0.8 * before
+    one, other = (tensors(result.model) for result in found.values())
+    for name in ("w", "r", "b"):
+        assert np.abs(one[name] - other[name]).max() > 1e-3
