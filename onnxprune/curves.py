@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from joblib import Parallel, delayed
@@ -13,23 +13,29 @@ from onnxprune.capture import Tap
 from onnxprune.equivalence import distortion
 from onnxprune.errors import OnnxPruneError
 from onnxprune.evidence import Evidence
-from onnxprune.grouping import Grouping
+from onnxprune.frontier import Frontier
+from onnxprune.grouping import Group, Grouping
 from onnxprune.matching import match, narrowed
 from onnxprune.oneshot import updated
 from onnxprune.plans import Plan
+from onnxprune.products import products
 from onnxprune.rewriter import Widths, rewrite
 from onnxprune.running import Arrays
+from onnxprune.scopes import captured
 
 RATIOS = (0.15, 0.3, 0.5, 0.7)
+TRIALS = 4  # for each core, before the original is run further
 
 
 Outputs = list[dict[str, np.ndarray]]
 
 
-def outputs_of(proto: ModelProto, feeds: Sequence[Arrays]) -> Outputs:
-    """The outputs, a mapping for each batch."""
-    tap = Tap(proto, [v.name for v in proto.graph.output], threads=1)
-    return [tap.run(one) for one in feeds]
+def outputs_of(proto: ModelProto, feeds: Sequence[Arrays], known: Frontier | None = None) -> Outputs:
+    """The outputs, a mapping for each batch; known: how far the model has been run on them."""
+    given = [known.kept(number) if known else {} for number in range(len(feeds))]
+    types = {name: array.dtype for name, array in given[0].items()} if given else {}
+    tap = Tap(proto, [v.name for v in proto.graph.output], threads=1, known=types)
+    return [tap.run({**one, **more}) for one, more in zip(feeds, given, strict=True)]
 
 
 def change(before: Outputs, after: Outputs, widths: Widths | None = None) -> float:
@@ -44,12 +50,20 @@ def _flat(runs: Outputs) -> dict[str, np.ndarray]:
 
 
 def trimmed(
-    plan: Plan, evidence: Evidence, fit: Sequence[Arrays], finish: Callable[[ModelProto], ModelProto] = lambda model: model
+    plan: Plan,
+    evidence: Evidence,
+    fit: Sequence[Arrays],
+    finish: Callable[[ModelProto], ModelProto] = lambda model: model,
+    known: Frontier | None = None,
 ) -> ModelProto:
-    """What the plan leaves, with the layers that read it updated in one shot, and products of two activations by what they are of `fit`."""
+    """What the plan leaves, with the layers that read it updated in one shot, and products of two activations by what they are of `fit`.
+
+    known: how far the original has been run on `fit`.
+    """
+    original = plan.grouping.model.proto
     pruned = updated(plan, finish(rewrite(plan.grouping, plan.remove)), evidence)
     for product in narrowed(plan, pruned):
-        match(plan, pruned, product, lambda: fit)
+        match(plan, pruned, product, lambda: fit, known=(known.on(original, pruned), known.on(original, original)) if known else None)
     return pruned
 
 
@@ -69,30 +83,45 @@ def curves(
     of the outputs by their variance (equivalence.distortion).
     """
     batches = list(feeds)
-    model = grouping.model
+    fit = batches if fit is None else fit
+    model, chosen = grouping.model, [g for g in grouping.groups if g.id in scores]
     before = outputs_of(model.proto, batches)
-    wanted = []
-    for group in grouping.groups:
-        if group.id in scores:
-            counts = sorted({round(r * group.units) for r in ratios} - {0, group.units})
-            order = np.argsort(scores[group.id], kind="stable")
-            wanted += [(group.id, count, np.sort(order[:count])) for count in counts]
+    ahead, fitted = Frontier(len(batches)), Frontier(len(fit))
+    wanted = {group.id: sorted({round(r * group.units) for r in ratios} - {0, group.units}) for group in chosen}
 
-    def measure(group: int, units: np.ndarray) -> float:
-        plan = Plan(grouping, {group: units})
+    def measure(group: int, count: int) -> float:
+        order = np.argsort(scores[group], kind="stable")
+        plan = Plan(grouping, {group: np.sort(order[:count])})
         try:
-            pruned = trimmed(plan, evidence, batches if fit is None else fit, finish)
-            return change(before, outputs_of(pruned, batches), Widths(grouping, plan.remove))
+            pruned = trimmed(plan, evidence, fit, finish, fitted)
+            return change(before, outputs_of(pruned, batches, ahead.on(model.proto, pruned)), Widths(grouping, plan.remove))
         except OnnxPruneError:
             return float("inf")
 
     if progress:
-        progress(f"measuring {len(wanted)} prunings of single groups")
-    found = Parallel(n_jobs=os.cpu_count() or 1, prefer="threads")(delayed(measure)(group, units) for group, _, units in wanted)
+        progress(f"measuring {sum(map(len, wanted.values()))} prunings of single groups")
     points: dict[int, list[tuple[int, float]]] = {}
-    for (owner, count, _), value in zip(wanted, found, strict=True):
-        points.setdefault(owner, []).append((count, value))
+    jobs = os.cpu_count() or 1
+    for part, changing in _by_place(model.proto, chosen, -(-TRIALS * jobs // max(1, len(ratios)))):
+        ahead.advance(model.proto, changing, batches)
+        if any(True for _ in products(model)):
+            fitted.advance(model.proto, changing, fit)
+        todo = [(group.id, count) for group in part for count in wanted[group.id]]
+        found = Parallel(n_jobs=jobs, prefer="threads")(delayed(measure)(*each) for each in todo)
+        for (owner, count), value in zip(todo, found, strict=True):
+            points.setdefault(owner, []).append((count, value))
     return {g: _curve(np.asarray(scores[g], np.float64), points.get(g, [])) for g in scores}
+
+
+def _by_place(proto: ModelProto, groups: Sequence[Group], many: int) -> Iterator[tuple[Sequence[Group], set[str]]]:
+    """The groups, so many at a time, in the order in which a run comes to them; and the tensors of those and of all behind."""
+    places: dict[str, int] = {}
+    for place, node in enumerate(proto.graph.node):
+        for name in (*node.input, *node.output, *captured(node)):
+            places.setdefault(name, place)
+    ordered = sorted(groups, key=lambda group: min(places.get(member.tensor, 0) for member in group.members))
+    for start in range(0, len(ordered), many):
+        yield ordered[start : start + many], {member.tensor for group in ordered[start:] for member in group.members}
 
 
 def _curve(scores: np.ndarray, points: Sequence[tuple[int, float]]) -> np.ndarray:

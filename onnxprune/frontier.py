@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 
-from onnx import ModelProto, NodeProto
+import numpy as np
+from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto
 
 from onnxprune.capture import Tap
 from onnxprune.running import Arrays
@@ -25,7 +26,7 @@ class Frontier:
 
     def forget(self) -> None:
         """The model has changed before where it was run to."""
-        self._kept: list[Arrays] = [{} for _ in range(self._total)]
+        self._kept: list[dict[str, np.ndarray]] = [{} for _ in range(self._total)]
         self._done: set[str] = set()
 
     def change(self, node: NodeProto) -> None:
@@ -33,9 +34,27 @@ class Frontier:
         if _name(node.output) in self._done:
             self.forget()
 
-    def kept(self, number: int) -> Arrays:
+    def kept(self, number: int) -> dict[str, np.ndarray]:
         """The values that are known of a batch."""
         return {name: array for name, array in self._kept[number].items() if all(name in kept for kept in self._kept)}
+
+    def advance(self, proto: ModelProto, changing: Collection[str], batches: Iterable[Arrays]) -> None:
+        """Run a model as far as nothing that is changing goes into it."""
+        run = self.tap(proto, _crossing(proto, self._done | _settled(proto, changing)), changing)
+        for number, feeds in enumerate(batches):
+            run(number, feeds)
+
+    def on(self, proto: ModelProto, other: ModelProto) -> Frontier:
+        """One of another model, which begins where this one of `proto` is; from the inputs if they differ before."""
+        found = Frontier(self._total, self._room)
+        nodes, one, two = {_name(node.output): node for node in proto.graph.node}, _tensors(proto), _tensors(other)
+        before = [node for node in other.graph.node if _name(node.output) in self._done]
+        read = {name for node in before for name in (*node.input, *captured(node))}
+        alike = all(node == nodes[_name(node.output)] for node in before) and all(one.get(name) == two.get(name) for name in read)
+        if not alike or list(proto.functions) != list(other.functions):
+            return found
+        found._kept, found._done = [dict(kept) for kept in self._kept], set(self._done)
+        return found
 
     def tap(self, proto: ModelProto, values: Iterable[str], changing: Collection[str] = ()) -> Callable[[int, Arrays], Arrays]:
         """A function (number of the batch, its feeds) -> {value: array}, to be called for each batch.
@@ -61,6 +80,10 @@ class Frontier:
             return found
 
         return run
+
+
+def _tensors(proto: ModelProto) -> dict[str, TensorProto | SparseTensorProto]:
+    return {**{t.name: t for t in proto.graph.initializer}, **{t.values.name: t for t in proto.graph.sparse_initializer}}
 
 
 def _behind(proto: ModelProto, values: Iterable[str]) -> set[str]:

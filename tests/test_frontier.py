@@ -15,12 +15,16 @@ from outside import build
 from test_attention_compensation import ATTEND, LAYERS, PARTED, ROWS, SEPARATE, SPREAD, made
 
 import onnxprune
-from onnxprune import frontier, reconstruction
+from onnxprune import curves, frontier, reconstruction
+from onnxprune.calibration import read_calibration
 from onnxprune.capture import Tap
 from onnxprune.carriers import carrier
 from onnxprune.frontier import Frontier
+from onnxprune.grouping import group
 from onnxprune.importer import load
 from onnxprune.running import Arrays
+from onnxprune.selection import measured_losses, scored
+from onnxprune.study import Study
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 
@@ -107,6 +111,84 @@ def test_what_was_run_is_run_again_when_it_has_changed_after_all() -> None:
     proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight(2), "w"))
     expected = Tap(proto, ["out"]).run(feeds[0])["out"]
     np.testing.assert_allclose(known.tap(proto, ["out"])(0, feeds[0])["out"], expected, rtol=1e-5)
+
+
+BODY = "a = MatMul(x, w)\n b = Relu(a)\n c = MatMul(b, v)\n out = Tanh(c)"
+
+
+@pytest.mark.parametrize("changed", ["w", "v", "node", "attribute"])
+def test_another_model_begins_where_this_one_ended_if_it_is_the_same_up_to_there(changed: str) -> None:
+    proto = parsed(BODY.replace("b = Relu(a)", "b = LeakyRelu<alpha = 0.1>(a)"), w=weight(0), v=weight(1))
+    other, known, feeds = ModelProto(), Frontier(2), batches(2)
+    other.CopyFrom(proto)
+    known.advance(proto, ["v"], feeds)
+    assert known.kept(1).keys() == {"b"}
+    if changed == "node":
+        other.graph.node[1].input[0] = "x"
+    elif changed == "attribute":
+        other.graph.node[1].attribute[0].f = 0.5
+    else:
+        [tensor] = [t for t in other.graph.initializer if t.name == changed]
+        tensor.CopyFrom(numpy_helper.from_array(weight(2), changed))
+    there = known.on(proto, other)
+    assert bool(there.kept(0)) == (changed == "v")
+    run = there.tap(other, ["out"])
+    for number, given in enumerate(feeds):
+        np.testing.assert_allclose(run(number, given)["out"], Tap(other, ["out"]).run(given)["out"], rtol=1e-5)
+    assert known.kept(1).keys() == {"b"}
+
+
+def test_another_function_is_another_model() -> None:
+    node = onnx.helper.make_node("Scaled", ["x"], ["a"], domain="own")
+    last = onnx.helper.make_node("Mul", ["a", "v"], ["out"])
+    protos = []
+    for factor in (2.0, 3.0):
+        inner = [
+            onnx.helper.make_node("Constant", [], ["k"], value_float=factor),
+            onnx.helper.make_node("Mul", ["x", "k"], ["y"]),
+        ]
+        opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("own", 1)]
+        function = onnx.helper.make_function("own", "Scaled", ["x"], ["y"], inner, opsets[:1])
+        inputs, outputs = ([onnx.helper.make_tensor_value_info(name, 1, ["N", 4])] for name in ("x", "out"))
+        graph = onnx.helper.make_graph([node, last], "g", inputs, outputs, [numpy_helper.from_array(weight(0)[0], "v")])
+        protos.append(onnx.helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=8))
+    known = Frontier(1)
+    known.advance(protos[0], ["v"], batches(1))
+    assert known.on(protos[0], protos[0]).kept(0)
+    assert not known.on(*protos).kept(0)
+
+
+@pytest.mark.parametrize("name", ["digits-resnet", "digits-mobilenet", "attention"])
+def test_losses_are_those_of_runs_from_the_inputs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    class Counted(Tap):
+        def __init__(self, proto: ModelProto, values: Any, threads: int = 0, known: Any = None) -> None:
+            super().__init__(proto, values, threads, known)
+            counts.append(len(known or {}))
+
+    monkeypatch.setattr(curves, "Tap", Counted)
+    monkeypatch.setattr(curves, "TRIALS", 1)
+    monkeypatch.setattr(curves.os, "cpu_count", lambda: 1)
+    if name.startswith("digits"):
+        model = load(str(ROOT / "models" / f"{name}.onnx"))
+        with np.load(ROOT / "models" / "digits-images.calibration.npz") as content:
+            samples = {key: content[key][:48] for key in content.files}
+    else:
+        body = f"h = MatMul (a, u) r = Relu (h) x = MatMul (r, t) {LAYERS} {PARTED} {ATTEND} y = MatMul (z, wo)"
+        weights = {**SPREAD, **SEPARATE, "u": (8, 12), "t": (12, 8)}
+        model = load(build(ROWS.replace("x", "a"), body, "float y", weights, opset=13, seed=3))
+        samples = {"a": np.random.default_rng(0).normal(size=(48, 5, 8)).astype(np.float32)}
+    found = []
+    for room in (0, 2**29):
+        counts.clear()
+        monkeypatch.setattr(Frontier.__init__, "__defaults__", (room,))
+        study = Study(group(model), read_calibration(samples, model))
+        chosen = {g.id for g in study.grouping.groups}
+        found.append(measured_losses(study.grouping, scored(study.grouping, chosen, "energy", 0, study), study))
+    assert any(counts)  # some begin further on
+    for owner, losses in found[0].items():
+        np.testing.assert_allclose(found[1][owner], losses, rtol=1e-3, atol=1e-7)
 
 
 def test_one_of_two_outputs_is_known() -> None:
