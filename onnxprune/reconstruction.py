@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, numpy_helper
 
-from onnxprune.cost import count_macs
 from onnxprune.frontier import ROOM, Frontier
 from onnxprune.leastsquares import reconstructed
 from onnxprune.linear import CONVOLUTIONS
 from onnxprune.matching import Matched, match, narrowed
 from onnxprune.moments import Observed
+from onnxprune.passes import stages
 from onnxprune.plans import Plan
 from onnxprune.products import Product
 from onnxprune.recurrences import spelled_out
@@ -31,8 +31,6 @@ from onnxprune.seats import Seat, bias_of, give_bias, original_goal, seats, tens
 
 Batches = Callable[[], Iterable[Arrays]]
 ROWS = 65536  # of a layer, or 16 times its features where that is more
-FEWEST = 12  # passes
-WORK = 3e13  # multiply-accumulates that all passes may take; more layers share a pass where it would be more
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def reconstruct(
     out.CopyFrom(pruned)
     widths = Widths(plan.grouping, plan.remove)
     sizes = [max((len(v) for v in feeds.values() if np.ndim(v)), default=1) for feeds in batches()]
-    stages, hurried = _stages(plan, find(plan, out), sum(sizes))
+    passes, hurried = stages(plan.grouping.model, find(plan, out), sum(sizes), anew=after is not None)
     waiting = narrowed(plan, out) if matched is not None else []
     report: list[Refit] = []
     if len(sizes) < 2 and progress:
@@ -108,11 +106,11 @@ def reconstruct(
                 why = "is left alone: more than reshapes and a scale is between it and the layers before"
                 progress(f"fitted {name}" if found else f"{name} {why}")
 
-    for number, stage in enumerate(stages):
-        changing = {name for seat in chain(*stages[number:]) for name in (seat.weight, *seat.node.output) if name}
+    for number, stage in enumerate(passes):
+        changing = {name for seat in chain(*passes[number:]) for name in (seat.weight, *seat.node.output) if name}
         fit_products(stage[0].layer.node, changing)
         if progress:
-            progress(f"fitting the layers that stay, pass {number + 1} of {len(stages)}")
+            progress(f"fitting the layers that stay, pass {number + 1} of {len(passes)}")
         ahead = mine.tap(out, [name for seat in stage for name in (seat.source, seat.other) if name], changing)
         spelled = spelled_out(plan.grouping.model, (seat.layer for seat in stage))
         goals = whole.tap(spelled, [seat.goal for seat in stage])
@@ -124,31 +122,6 @@ def reconstruct(
                 report.append(more)
     fit_products(math.inf, ())
     return out, report
-
-
-def _stages(plan: Plan, todo: list[Seat], samples: int) -> tuple[list[list[Seat]], bool]:
-    """The layers of each pass: those that read the same, and more where that would be more work than WORK; and whether it would be."""
-    model = plan.grouping.model
-    batch = next((shape[0] for shape in model.input_shapes.values() if shape), 1)
-    once = 0.8 * count_macs(model) / max(1, batch) * max(1, samples)
-    passes = max(FEWEST, int(WORK / max(once, 1.0)))
-    stages = _alike(todo)
-    if len(stages) <= passes:
-        return stages, False
-    stages = _alike([seat for seat in todo if seat.narrowed] or todo)
-    many = -(-len(stages) // passes)
-    return [list(chain(*stages[i : i + many])) for i in range(0, len(stages), many)], True
-
-
-def _alike(todo: Sequence[Seat]) -> list[list[Seat]]:
-    """Layers after one another that read the same value, such as those of queries, keys and values, and are added to nothing."""
-    stages: list[list[Seat]] = []
-    for seat in todo:
-        if stages and stages[-1][-1].source == seat.source and not (stages[-1][-1].other or seat.other):
-            stages[-1].append(seat)
-        else:
-            stages.append([seat])
-    return stages
 
 
 def _observe(

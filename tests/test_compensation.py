@@ -146,8 +146,8 @@ def test_two_batches_are_enough_to_fit() -> None:
 
 @pytest.mark.parametrize("passes", [1, 2])
 def test_layers_that_share_a_pass_are_fitted_well_too(passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxprune.reconstruction.FEWEST", passes)
-    monkeypatch.setattr("onnxprune.reconstruction.WORK", 0)
+    monkeypatch.setattr("onnxprune.passes.FEWEST", passes)
+    monkeypatch.setattr("onnxprune.passes.WORK", 0)
     result = onnxprune.prune(net(), 0.4, calibration={"x": X}, allocation="uniform", compensation="reconstruct")
     assert [refit.node for refit in result.refits] == ["i", "y"]
     not_worse(result)

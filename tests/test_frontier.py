@@ -16,9 +16,11 @@ from test_attention_compensation import ATTEND, LAYERS, PARTED, ROWS, SEPARATE, 
 
 import onnxprune
 from onnxprune import curves, frontier, reconstruction
+from onnxprune import passes as passes_of
 from onnxprune.calibration import read_calibration
-from onnxprune.capture import Tap
+from onnxprune.capture import Tap, towards
 from onnxprune.carriers import carrier
+from onnxprune.cost import count_macs
 from onnxprune.frontier import Frontier
 from onnxprune.grouping import group
 from onnxprune.importer import load
@@ -279,8 +281,8 @@ def test_what_is_made_of_the_layer_itself_does_not_hide_it_from_the_probe() -> N
 def test_layers_are_fitted_as_by_runs_from_the_inputs(name: str, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after another, or several a pass, where what a layer reads is made by another of the same pass."""
     if passes:
-        monkeypatch.setattr(reconstruction, "FEWEST", passes)
-    monkeypatch.setattr(reconstruction, "WORK", 3e13 if passes != 2 else 0)
+        monkeypatch.setattr(passes_of, "FEWEST", passes)
+    monkeypatch.setattr(passes_of, "WORK", 3e13 if passes != 2 else 0)
     if name.startswith("digits"):
         model: Any = str(ROOT / "models" / f"{name}.onnx")
         with np.load(ROOT / "models" / "digits-images.calibration.npz") as content:
@@ -307,3 +309,36 @@ def test_layers_are_fitted_as_by_runs_from_the_inputs(name: str, passes: int, mo
         found.append({t.name: numpy_helper.to_array(t) for t in result.model.graph.initializer})
     for tensor, array in found[0].items():
         np.testing.assert_allclose(found[1][tensor], array, rtol=0, atol=1e-4 * float(np.abs(array).max(initial=0)), err_msg=tensor)
+
+
+def test_the_work_of_passes_is_that_of_the_runs_they_take() -> None:
+    """From the inputs: what each layer's part of the model takes, counted on that part; with all kept: no layer more than twice."""
+    model = load(str(ROOT / "models" / "digits-resnet.onnx"))
+    places = [i for i, node in enumerate(model.main) if node.op_type in WEIGHTED]
+    parts = [load(towards(model.proto, [model.main[place].output[0]])) for place in places]
+    counted = sum(count_macs(part) for part in parts)
+    assert counted <= passes_of.work(model, places, 0) < 1.05 * counted  # shortcuts that come first and are not needed yet
+    assert count_macs(model) < passes_of.work(model, places, np.inf) <= 2 * count_macs(model)
+    widest = max(int(np.prod(model.shapes[node.output[0]])) for node in model.main)
+    assert passes_of.work(model, places, np.inf) < passes_of.work(model, places, 4 * widest) < passes_of.work(model, places, 0)
+
+
+@pytest.mark.parametrize(("room", "alone"), [(2**29, True), (0, False)])
+def test_layers_have_a_pass_of_their_own_where_runs_begin_at_the_last(room: int, alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, said = load(str(ROOT / "models" / "digits-resnet.onnx")), list[str]()
+    with np.load(ROOT / "models" / "digits-images.calibration.npz") as content:
+        samples = {key: content[key][:48] for key in content.files}
+    per_sample = count_macs(model) / next(iter(model.input_shapes.values()))[0]
+    monkeypatch.setattr(passes_of, "WORK", 5 * 48 * per_sample)
+    monkeypatch.setattr(passes_of, "FEWEST", 3)
+    monkeypatch.setattr(passes_of, "ROOM", room)
+    onnxprune.prune(
+        str(ROOT / "models" / "digits-resnet.onnx"),
+        0.4,
+        calibration=samples,
+        compensation="reconstruct",
+        progress=said.append,
+        verify=False,
+    )
+    [many] = {int(text.split()[-1]) for text in said if text.startswith("fitting the layers that stay, pass")}
+    assert (many > 12) == alone
