@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -210,12 +211,13 @@ def prune(
     if clock:
         options["device"] = dict(clock.device)
 
-    def choice_of(left: Left) -> Choice:
-        def removing(share: float) -> Choice:
-            rule, losses = selection.allocation, selection.losses
-            return chosen_for(bench, left.grouping, left.scores, left.lost, share, budget, rule, limits, left.shares, losses)
+    def removing(left: Left, share: float) -> Choice:
+        rule, losses = selection.allocation, selection.losses
+        return chosen_for(bench, left.grouping, left.scores, left.lost, share, budget, rule, limits, left.shares, losses)
 
-        return landed(removing, ratio, loaded, left.grouping, ground, clock, progress) if clock else removing(ratio)
+    def choice_of(left: Left) -> Choice:
+        by_share = partial(removing, left)
+        return landed(by_share, ratio, loaded, left.grouping, ground, clock, progress) if clock else by_share(ratio)
 
     def made_by(choice: Choice, left: Left) -> Result:
         made = Plan(left.grouping, choice.remove, options, choice.reached)
@@ -227,11 +229,11 @@ def prune(
         result = for_target(result, loaded, target)
         return timed(result, loaded, ratio, clock, progress) if clock else result
 
-    result = first_right(Left(ground.grouping, ground.proof, selection.scores, lost, shares), choice_of, made_by, progress)
-    if result is not None:
-        return result
-    found = selection.scores, selection.allocation, selection.losses
-    raise nothing_goes(loaded.name, ratio, of, min_keep, lambda share: widths(*found, share) if selection.scores else None)
+    left = Left(ground.grouping, ground.proof, selection.scores, lost, shares)
+    result = first_right(left, choice_of, made_by, progress)
+    if result is None:
+        raise nothing_goes(loaded.name, ratio, of, min_keep, left, partial(removing, left))
+    return result
 
 
 def apply(

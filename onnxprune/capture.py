@@ -25,7 +25,7 @@ def towards(proto: ModelProto, values: Iterable[str], known: Mapping[str, np.dty
     for node in reversed(proto.graph.node):
         if needed.intersection(node.output):
             alive.append(_beside(node, known))
-            needed |= (set(node.input) | captured(node)) - known.keys()
+            needed |= (set(node.input) | captured(node)) - known.keys() - {""}
     read = {name for node in alive for name in (*node.input, *captured(node))} & known.keys()
     part = ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import)
     part.functions.extend(proto.functions)
@@ -57,6 +57,11 @@ def _declared(graph: GraphProto, name: str) -> ValueInfoProto:
     return next((v for v in graph.output if v.name == name), helper.make_empty_tensor_value_info(name))
 
 
+def unquantized(proto: ModelProto) -> ModelProto:
+    """The model before it is cut: of a quantized value that is cut off the way back to floats nothing else would be known."""
+    return as_float32(proto) if any(node.op_type == "QuantizeLinear" for node in proto.graph.node) else proto
+
+
 class Tap:
     """A model cut down to what makes some values, run as float32 with all optimizations and threads.
 
@@ -68,9 +73,7 @@ class Tap:
         self, proto: ModelProto, values: Iterable[str], threads: int = 0, known: Mapping[str, np.dtype[Any]] | None = None
     ) -> None:
         values = list(dict.fromkeys(values))
-        if known and any(node.op_type == "QuantizeLinear" for node in proto.graph.node):
-            proto = as_float32(proto)  # before it is cut: of a value that is cut off the way back to floats nothing else is known
-        part = towards(proto, values, known)
+        part = towards(unquantized(proto) if known else proto, values, known)
         self._inputs = [v.name for v in part.graph.input]
         self._outputs = [v.name for v in part.graph.output]
         self._given = [name for name in values if name not in self._outputs]
@@ -89,5 +92,5 @@ class Tap:
                 outputs = self._session.run(self._outputs, {k: widened(feeds[k]) for k in self._inputs if k in feeds})
             except Exception as error:
                 raise OnnxPruneError(f"onnxruntime does not run the model on the calibration data ({first_line(error)})") from error
-            found |= {k: np.asarray(v) for k, v in zip(self._outputs, outputs, strict=True)}
+            found |= {k: np.asarray(v) for k, v in zip(self._outputs, outputs, strict=True) if not isinstance(v, list)}
         return found

@@ -81,7 +81,7 @@ def _harmful(result: Result) -> list[str]:
     """That what was to make up for the loss added to it, on the very samples that it was made by."""
     before, after = result.fidelity or (None, None)
     name = result.plan.options.get("compensation")
-    if before is None or after is None or after.loss <= WORSE * before.loss or name in ("none", None):
+    if before is None or after is None or after.loss <= WORSE * before.loss or all(output.same for output in after.outputs):
         return []
     instead = "give more samples, or --compensation none" if name == "distill" else "use --compensation distill"
     return [f"--compensation {name} left the outputs further from the original's than removing the units alone; {instead}"]

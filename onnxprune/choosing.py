@@ -75,15 +75,30 @@ def first_right(
     return None
 
 
-def nothing_goes(name: str, ratio: float, of: str, min_keep: float, choice_of: Callable[[float], Choice | None]) -> OnnxPruneError:
-    """Why nothing goes, and what to ask for; choice_of: the choice of widths at so many times the ratio, None where there are none."""
-    if choice_of(1.0) is None:
+def nothing_goes(name: str, ratio: float, of: str, min_keep: float, left: Left, removing: Callable[[float], Choice]) -> OnnxPruneError:
+    """Why nothing goes, and what to ask for; removing: the choice at a ratio."""
+    if not left.scores:
         return OnnxPruneError(f"{name}: to cut none of its branches is closest to {ratio:.1%} of {of}; ask for more", 3)
-    more = (choice_of(2.0**k) for k in range(1, 64) if 2.0**k * ratio < 1)
-    least = next((choice.reached for choice in more if choice and choice.remove), None)
+    least = _least(removing, ratio)
     if least is not None:
-        return OnnxPruneError(f"{name}: the least that can go is {least:.2%} of {of}; ask for that, not {ratio:.2%}", 3)
+        return OnnxPruneError(f"{name}: no unit takes as little as {ratio:g} of {of}; ask for {least:.2g} or more", 3)
+    if left.scores.keys() <= left.shares.keys():
+        return OnnxPruneError(f"{name}: the shares that are given with --layer-ratio take no unit; give larger ones", 3)
     return OnnxPruneError(f"{name}: nothing can go within --min-keep {min_keep:g} and the alignment; ask for less of them", 3)
+
+
+def _least(removing: Callable[[float], Choice], ratio: float) -> float | None:
+    """The least ratio, up to a twentieth, at which something goes, with two digits; None where nothing does below 1."""
+    below = ratio
+    while not removing(above := min(2 * below, 1.0)).remove:
+        if above == 1.0:
+            return None
+        below = above
+    while above > 1.05 * below:
+        middle = float(np.sqrt(below * above))
+        below, above = (below, middle) if removing(middle).remove else (middle, above)
+    digit = 10.0 ** (np.floor(np.log10(above)) - 1)
+    return float(np.ceil(above / digit) * digit)
 
 
 def lost_without(

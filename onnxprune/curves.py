@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 from joblib import Parallel, delayed
@@ -103,9 +104,10 @@ def curves(
     points: dict[int, list[tuple[int, float]]] = {}
     jobs = os.cpu_count() or 1
     for part, changing in _by_place(model.proto, chosen, -(-TRIALS * jobs // max(1, len(ratios)))):
-        ahead.advance(model.proto, changing, batches)
-        if any(True for _ in products(model)):
-            fitted.advance(model.proto, changing, fit)
+        with suppress(OnnxPruneError):  # a value that cannot be handed out: runs begin at the inputs
+            ahead.advance(model.proto, changing, batches)
+            if products(model):
+                fitted.advance(model.proto, changing, fit)
         todo = [(group.id, count) for group in part for count in wanted[group.id]]
         found = Parallel(n_jobs=jobs, prefer="threads")(delayed(measure)(*each) for each in todo)
         for (owner, count), value in zip(todo, found, strict=True):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 import numpy as np
 from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto
 
-from onnxprune.capture import Tap
+from onnxprune.capture import Tap, unquantized
 from onnxprune.running import Arrays
 from onnxprune.scopes import captured
 
@@ -40,17 +40,20 @@ class Frontier:
 
     def advance(self, proto: ModelProto, changing: Collection[str], batches: Iterable[Arrays]) -> None:
         """Run a model as far as nothing that is changing goes into it."""
-        run = self.tap(proto, _crossing(proto, self._done | _settled(proto, changing)), changing)
+        before = self._done
+        run = self.tap(proto, _crossing(proto, before | _settled(proto, changing)), changing)
         for number, feeds in enumerate(batches):
             run(number, feeds)
+            if self._done is before:
+                return  # there is no room for more
 
     def on(self, proto: ModelProto, other: ModelProto) -> Frontier:
-        """One of another model, which begins where this one of `proto` is; from the inputs if they differ before."""
-        found = Frontier(self._total, self._room)
+        """One of another model that begins where this one of `proto` is, and keeps no more; from the inputs if they differ before."""
+        found = Frontier(self._total, 0)
         nodes, one, two = {_name(node.output): node for node in proto.graph.node}, _tensors(proto), _tensors(other)
         before = [node for node in other.graph.node if _name(node.output) in self._done]
         read = {name for node in before for name in (*node.input, *captured(node))}
-        alike = all(node == nodes[_name(node.output)] for node in before) and all(one.get(name) == two.get(name) for name in read)
+        alike = all(_same(node, nodes[_name(node.output)]) for node in before) and all(one.get(name) == two.get(name) for name in read)
         if not alike or list(proto.functions) != list(other.functions):
             return found
         found._kept, found._done = [dict(kept) for kept in self._kept], set(self._done)
@@ -65,6 +68,7 @@ class Frontier:
         values = list(dict.fromkeys(values))
         done = self._done | (_behind(proto, values) & _settled(proto, changing))
         known = {name: array.dtype for name, array in self.kept(0).items()}
+        proto = unquantized(proto)
         keep = _crossing(proto, done) if self._room else []
         tap = Tap(proto, [*values, *keep], known=known)
         keeping = bool(keep) and not tap.others
@@ -82,6 +86,16 @@ class Frontier:
         return run
 
 
+def _same(one: NodeProto, other: NodeProto) -> bool:
+    """Whether two nodes do the same to the same values, however they are written."""
+
+    def content(node: NodeProto) -> list[object]:
+        given = {a.name: a.SerializeToString(deterministic=True) for a in node.attribute}
+        return [node.op_type, "" if node.domain == "ai.onnx" else node.domain, list(node.input), list(node.output), given]
+
+    return content(one) == content(other)
+
+
 def _tensors(proto: ModelProto) -> dict[str, TensorProto | SparseTensorProto]:
     return {**{t.name: t for t in proto.graph.initializer}, **{t.values.name: t for t in proto.graph.sparse_initializer}}
 
@@ -92,7 +106,7 @@ def _behind(proto: ModelProto, values: Iterable[str]) -> set[str]:
     for node in reversed(proto.graph.node):
         if needed.intersection(node.output):
             found.add(_name(node.output))
-            needed |= set(node.input) | captured(node)
+            needed |= (set(node.input) | captured(node)) - {""}
     return found
 
 
@@ -123,4 +137,4 @@ def _crossing(proto: ModelProto, done: set[str]) -> list[str]:
 
 
 def _name(outputs: Iterable[str]) -> str:
-    return next(name for name in outputs if name)
+    return next((name for name in outputs if name), "")

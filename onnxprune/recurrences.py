@@ -21,7 +21,7 @@ def recurrences(model: Model) -> list[Linear]:
     reads.update(model.outputs)
     found = []
     for index, node in enumerate(model.main):
-        if node.op_type not in RECURRENT or node.domain not in ("", "ai.onnx"):
+        if node.op_type not in RECURRENT or node.domain not in ("", "ai.onnx") or not any(node.output):
             continue
         source, weight, bias = node.input[0], node.input[1], node.input[3] if len(node.input) > 3 else ""
         tensor = model.tensors.get(weight)

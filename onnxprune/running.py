@@ -85,6 +85,7 @@ _SPANS = {TensorProto.UINT8: (0, 255), TensorProto.INT8: (-128, 127), TensorProt
 
 
 def _only_clip(graph: GraphProto) -> None:
+    del graph.value_info[:]  # what was said of the integers
     tensors = {t.name: t for t in graph.initializer}
     readers: dict[str, list[NodeProto]] = {}
     for node in graph.node:

@@ -193,6 +193,38 @@ def test_losses_are_those_of_runs_from_the_inputs(name: str, monkeypatch: pytest
         np.testing.assert_allclose(found[1][owner], losses, rtol=1e-3, atol=1e-7)
 
 
+def spelled(proto: ModelProto, how: str) -> ModelProto:
+    """The same, with a tensor that is a Constant node and fields that are written though they say nothing."""
+    found = ModelProto()
+    found.CopyFrom(proto)
+    node = onnx.helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(weight(0), "w"))
+    node.name, node.domain, node.doc_string = ("", "ai.onnx", "") if how == "fields" else ("w", "", "as it was")
+    found.graph.node.insert(0, node)
+    del found.graph.initializer[0]
+    return found
+
+
+def test_nodes_that_are_written_otherwise_are_the_same() -> None:
+    proto = parsed(BODY, w=weight(0), v=weight(1))
+    one, other = spelled(proto, "fields"), spelled(proto, "names")
+    known = Frontier(1)
+    known.advance(one, ["v"], batches(1))
+    assert known.on(one, other).kept(0).keys() == {"b"}
+    value = other.graph.node[0].attribute[0].t
+    value.CopyFrom(numpy_helper.from_array(weight(2), "w"))
+    assert not known.on(one, other).kept(0)
+
+
+def test_what_there_is_no_room_for_is_not_run_for_all_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    proto, runs = parsed(BODY, w=weight(0), v=weight(1)), []
+    real = Tap.run
+    monkeypatch.setattr(Tap, "run", lambda self, feeds: runs.append(1) or real(self, feeds))  # type: ignore[func-returns-value]
+    known = Frontier(5, room=10)
+    known.advance(proto, ["v"], batches(5))
+    assert len(runs) == 1
+    assert not known.kept(0)
+
+
 def test_one_of_two_outputs_is_known() -> None:
     body = "l, r = Split<axis = 1>(x)\n a = Relu(l)\n b = Exp(r)\n out = Concat<axis = 1>(a, b)"
     stepped(parsed(body), batches(), [["a"], ["b", "r"], ["out"]], lambda i: [], 2**29)

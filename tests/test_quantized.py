@@ -367,3 +367,19 @@ def test_globs_speak_of_the_names_in_a_quantized_file(tmp_path: Path) -> None:
     assert after[weights[1]] == before[weights[1]]
     assert any(after[name] != before[name] for name in weights)
     assert after[weights[0]][0] % 32 == 0
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["with the types of values", "without"])
+@pytest.mark.parametrize("compensation", ["none", "update", "moments", "reconstruct", "distill"])
+def test_a_quantized_value_that_is_dequantized_for_each_reader(compensation: str, said: bool) -> None:
+    body = """a = MatMul(x, w0) b = Relu(a) bq = QuantizeLinear(b, s, z) b0 = DequantizeLinear(bq, s, z) b1 = DequantizeLinear(bq, s, z)
+              c = MatMul(b0, w1) d = Relu(c) y = MatMul(d, w3) t = MatMul(b1, w2)"""
+    shapes: dict[str, Any] = {"w0": (8, 16), "w1": (16, 12), "w2": (16, 4), "w3": (12, 4)}
+    model = build("float[N,8] x", body, "float y, float t", {**shapes, "s": np.array(0.05, np.float32), "z": np.array(0, np.int8)})
+    if not said:
+        del model.graph.value_info[:]
+    data = {"x": np.random.default_rng(0).standard_normal((256, 8)).astype(np.float32)}
+    result = onnxprune.prune(model, 0.3, calibration=data, compensation=compensation, allocation="uniform", criterion="l2")
+    goal, made = (run(proto, data) for proto in (model, result.model))
+    for name in ("y", "t"):
+        assert np.mean((made[name] - goal[name]) ** 2) < (0.8 if compensation == "none" else 0.3) * np.var(goal[name]), name

@@ -142,3 +142,14 @@ def test_all_weights_of_recurrent_layers_are_distilled(op: str, late: int) -> No
     one, other = (tensors(result.model) for result in found.values())
     for name in ("w", "r", "b"):
         assert np.abs(one[name] - other[name]).max() > 1e-3
+
+
+def test_a_recurrent_layer_that_makes_nothing_is_no_layer() -> None:
+    """The checker allows it: all outputs are optional."""
+    weights: dict[str, Weight] = {"w0": (8, 16), "w1": (16, 4), "w": (1, 4, 8), "r": (1, 4, 4), "three": [1, -1, 8]}
+    body = 'c = Reshape (x, three) "", e = RNN <hidden_size=4> (c, w, r) a = MatMul (x, w0) b = Relu (a) y = MatMul (b, w1)'
+    model = build("float[N,8] x", body, "float[N,4] y", weights)
+    model.graph.node[1].output[1] = ""
+    data = {"x": np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)}
+    for name in ("reconstruct", "distill"):
+        assert onnxprune.prune(model, 0.3, calibration=data, compensation=name).fidelity is not None

@@ -76,15 +76,29 @@ def test_samples_that_are_all_alike_are_said() -> None:
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"of": "params"}, {"criterion": "obs", "calibration": "noise", "compensation": "update"}])
-def test_a_ratio_below_one_unit_is_told_the_least_that_can_go(options: dict[str, Any]) -> None:
-    with pytest.raises(onnxprune.OnnxPruneError, match="least that can go") as refused:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"of": "params"},
+        {"criterion": "obs", "calibration": "noise", "compensation": "update"},
+        {"granularity": "all", "min_keep": 0.99},
+    ],
+)
+def test_a_ratio_below_one_unit_is_told_what_to_ask_for(options: dict[str, Any]) -> None:
+    with pytest.raises(onnxprune.OnnxPruneError, match="no unit takes as little as 1e-06") as refused:
         onnxprune.prune(MODELS / "digits-resnet.onnx", 1e-6, **options)
     assert refused.value.exit_code == 3
-    said = re.search(r"is ([\d.]+)% of", str(refused.value))
+    said = re.search(r"ask for ([\d.e-]+) or more", str(refused.value))
     assert said
-    least = float(said[1]) / 100
-    assert 0 < onnxprune.prune(MODELS / "digits-resnet.onnx", least, **options).reached < 0.01
+    assert onnxprune.prune(MODELS / "digits-resnet.onnx", float(said[1]), **options).reached > 0
+    with pytest.raises(onnxprune.OnnxPruneError, match=re.escape(said[0])):
+        onnxprune.prune(MODELS / "digits-resnet.onnx", float(said[1]) / 1.3, **options)
+
+
+def test_shares_that_take_no_unit_are_named() -> None:
+    with pytest.raises(onnxprune.OnnxPruneError, match="--layer-ratio take no unit"):
+        onnxprune.prune(MODELS / "digits-mlp.onnx", 0.3, layer_ratios={"*": 1e-4})
 
 
 def test_a_compensation_that_does_harm_says_so() -> None:
