@@ -15,7 +15,7 @@ What is left with each compensation: top-1 accuracy of the ResNets, for MiniLM t
 Made by `benchmarks/accuracy.py`; which win, and the peers, in [Accuracy](accuracy.md)."""
 SUMMARY = """Each criterion with each allocation and each compensation, fitted to few samples, so that all of them could be run:
 [all pairs](accuracy-pairs.md). Under the best and the worst come the means over all criteria and over all allocations, the best of each
-column **bold**."""
+column **bold**; blank where some pairs were not run."""
 
 
 def few(row: Row) -> bool:
@@ -83,7 +83,8 @@ def averages(rows: list[Row], name: str) -> str:
         for kind, c in itertools.product(kinds, compensations)
     }
     texts = {pair: "" if value is None else figure(value, metric) for pair, value in means.items()}
-    best = {c: figure(max(known), metric) for c in compensations if (known := [m for k in kinds if (m := means[k, c]) is not None])}
+    known = {c: [m for k in kinds if (m := means[k, c]) is not None] for c in compensations}
+    best = {c: figure(max(some), metric) if len(some) > 1 else "" for c, some in known.items()}
 
     def entry(kind: str, compensation: str) -> str:
         text = texts[kind, compensation]
