@@ -13,14 +13,14 @@ PAGE = """# All pairs of criteria and allocations
 
 What is left with each compensation: top-1 accuracy of the ResNets, for MiniLM the mean cosine of the sentence embeddings to the original's.
 Made by `benchmarks/accuracy.py`; which win, and the peers, in [Accuracy](accuracy.md)."""
-SUMMARY = """Each criterion with each allocation and each compensation, fitted to few samples, so that all of them could be run:
+SUMMARY = """Each criterion with each allocation and each compensation, fitted to few samples or none, so that all of them could be run:
 [all pairs](accuracy-pairs.md). Under the best and the worst come the means over all criteria and over all allocations, the best of each
 column **bold**; blank where some pairs were not run."""
 
 
 def few(row: Row) -> bool:
-    """Of onnxprune, with a part of the samples."""
-    return bool(row["options"]) and ":" in row["options"]["calibration"]
+    """Of onnxprune, with a part of the samples or none."""
+    return bool(row["options"]) and (":" in row["options"]["calibration"] or row["options"]["calibration"] == "none")
 
 
 def cases(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -29,7 +29,7 @@ def cases(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
         for calibration in dict.fromkeys(row["options"]["calibration"] for row in some):
             found = options(some, calibration=calibration)
             if len({(row["options"]["criterion"], row["options"]["allocation"]) for row in found}) > 2:
-                count = calibration.partition(":")[2] or "all"
+                count = calibration.partition(":")[2] or {"none": "no", "noise": "made-up"}.get(calibration, "all")
                 measured = {row["evaluated"] for row in found if "evaluated" in row}
                 on = f", measured on {max(measured)} others" if measured else ""
                 yield f"{model}, {ratio:.0%} of the MACs gone, {count} samples{on}", found
