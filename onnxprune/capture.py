@@ -92,5 +92,10 @@ class Tap:
                 outputs = self._session.run(self._outputs, {k: widened(feeds[k]) for k in self._inputs if k in feeds})
             except Exception as error:
                 raise OnnxPruneError(f"onnxruntime does not run the model on the calibration data ({first_line(error)})") from error
-            found |= {k: np.asarray(v) for k, v in zip(self._outputs, outputs, strict=True) if not isinstance(v, list)}
+            found |= {k: np.asarray(v) for k, v in zip(self._outputs, outputs, strict=True) if not _ragged(v)}
         return found
+
+
+def _ragged(value: Any) -> bool:
+    """Whether a value is a sequence of arrays of several shapes, which are no array together."""
+    return isinstance(value, list) and len({np.shape(each) for each in value}) > 1

@@ -374,3 +374,14 @@ def test_layers_have_a_pass_of_their_own_where_runs_begin_at_the_last(room: int,
     )
     [many] = {int(text.split()[-1]) for text in said if text.startswith("fitting the layers that stay, pass")}
     assert (many > 12) == alone
+
+
+def test_values_that_are_sequences_are_arrays_where_their_parts_are_alike() -> None:
+    proto = parsed(
+        "parts = SplitToSequence<axis = 1>(x, sizes)\n zero = Constant<value_int = 0>()\n out = SequenceAt(parts, zero)",
+        sizes=np.array([2, 2]),
+    )
+    feeds = batches(1)[0]
+    assert Tap(proto, ["parts"]).run(feeds)["parts"].shape == (2, 5, 2)
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.array([1, 3]), "sizes"))
+    assert Tap(proto, ["parts", "out"]).run(feeds).keys() == {"out"}
