@@ -73,6 +73,8 @@ CASES = [
     Case("Conv", ((2, 4, 10, 9), (4, 1, 3, 3)), {"group": 4, "dilations": [2, 1], "strides": [1, 3]}),
     Case("Conv", ((2, 4, 9, 9), (6, 4, 3, 3)), {"auto_pad": "SAME_UPPER", "strides": [2, 2]}),
     Case("Conv", ((2, 4, 11), (6, 4, 3)), {"strides": [4]}),
+    Case("Conv", ((2, 4, 11, 10), (3, 4, 3, 2)), {"dilations": [2, 3], "strides": [2, 1]}),
+    Case("Conv", ((2, 3, 15, 14), (4, 3, 7, 5)), {"strides": [2, 3], "pads": [2, 1, 3, 0]}),
     Case("Conv", ((1, 2, 5, 6, 5), (3, 2, 2, 3, 2)), {"pads": [0, 1, 0, 1, 1, 0]}),
     Case("ConvTranspose", ((2, 4, 5, 4), (4, 3, 3, 3), (6,)), {"group": 2, "strides": [2, 1], "pads": [1, 0, 1, 1]}),
     Case("ConvTranspose", ((2, 4, 5), (4, 6, 3)), {"strides": [2], "output_padding": [1]}),
