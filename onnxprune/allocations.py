@@ -162,7 +162,8 @@ def choose(
     cost = counter(grouping, of)
     whole = cost({})
     second = secondary(grouping)
-    share_of = allocation.get(rule) if losses is None else None
+    if losses is None:
+        allocation.get(rule)
     price = {g: _price(cost, whole, g, units[g]) for g in scores}
     gone = dict.fromkeys(cut, 0)
 
@@ -175,7 +176,7 @@ def choose(
             parted = split({g: losses[g][: levels[g][-1] + 1] for g in free}, saved, strength, levels)
             wanted = {g: n / units[g] for g, n in parted.items()} | shares
         else:
-            wanted = (share_of(free, strength) if free and share_of else {}) | shares
+            wanted = (_asked(rule, free, strength) if free else {}) | shares
         return {g: limits.kept(g, units[g], wanted[g]) for g in wanted}
 
     def reached(kept: Mapping[int, int]) -> float:
@@ -230,6 +231,20 @@ def choose(
             order = np.argsort(scores[g], kind="stable")
             remove[g] = np.sort(order[: units[g] - keep])
     return Choice(remove, reached(best))
+
+
+def _asked(rule: str, scores: Scores, strength: float) -> dict[int, float]:
+    """An allocation's shares; raises OnnxPruneError where they are not numbers."""
+    found = allocation.call(rule, scores, strength)
+    try:
+        shares = {g: float(share) for g, share in found.items() if g in scores}
+    except (AttributeError, TypeError, ValueError):
+        shares = {-1: np.nan}
+    if np.isnan(list(shares.values())).any():
+        raise OnnxPruneError(
+            f"the allocation '{rule}' gives {found!r:.60}; it must give {{group: share of its units}}, numbers from 0 to 1"
+        )
+    return shares
 
 
 def _price(cost: Measure, whole: float, group: int, units: int) -> float:

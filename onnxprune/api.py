@@ -36,7 +36,7 @@ from onnxprune.ground import Ground, lay
 from onnxprune.grouping import Grouping, group
 from onnxprune.importer import File, Model, load, read
 from onnxprune.latency import learned
-from onnxprune.plans import Plan, match, read_plan
+from onnxprune.plans import Plan, check_of_file, match, read_plan
 from onnxprune.result import Result
 from onnxprune.selection import PCA, Losses, Scores, check_criterion, in_steps, select
 from onnxprune.shapes import seeded_feeds
@@ -74,6 +74,7 @@ def groups(
 
 def plan(model: Source, ratio: float, **options: Any) -> Plan:
     """Choose what goes, for a budget; the options are those of `prune`."""
+    check_of_file(options.get("criterion"))
     return prune(model, ratio, **options).plan
 
 
@@ -184,7 +185,7 @@ def prune(
         near = POINT if share == 1 else np.inf  # rounds on the way need not land
         return chosen_for(None, ground.grouping, scores, {}, ratio * share, budget, rule, limits, shares, losses, near)
 
-    selection = select(ground.grouping, chosen, criterion, allocation, seed, ground.study, widths)
+    selection = select(ground.grouping, chosen, criterion, allocation, seed, ground.study, compensation, widths)
     selection = in_steps(selection, ground.grouping, seed, ground.study, compensation, widths, steps)
     lost, bench = lost_without(ground, chosen, criterion, feeds, seed)
     options = {

@@ -145,7 +145,7 @@ def _of_layers(
             for place in range(block * many, (block + 1) * many):
                 right.append(Side(layer.weight, axis, indices[:, place]))
                 for at in kernel[:, place].T:
-                    sigma += reading.covariance[0][np.ix_(at, at)]
+                    sigma += reading.moment[0][np.ix_(at, at)]
                     columns = reading.matrix[0][:, at]
                     gamma += columns.T @ columns
         blocks.append(Block(_sides(maker, shape, left), tuple(right), (sigma, gamma)))

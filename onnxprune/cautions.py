@@ -8,6 +8,7 @@ from onnxprune.evaluation import Evaluation
 from onnxprune.fidelity import OutputFidelity
 from onnxprune.naming import group_names
 from onnxprune.result import Result
+from onnxprune.seats import unknown_readers
 
 NEARLY_ALL = 0.85  # share of its units that a group has lost then
 UNMOVED = 1e-6  # standard deviations
@@ -23,7 +24,7 @@ def cautions(result: Result, evaluation: Evaluation | None = None) -> list[str]:
         noise = options.get("calibration") == "noise"
         where = "the made-up samples ('noise')" if noise else "the calibration samples"
         found += cannot_tell(result.fidelity[0].outputs, where, "give --calibration real samples, such as --calibration data.npz")
-        found += _harmful(result)
+        found += [*_harmful(result), *_left_out(result)]
     if evaluation is not None:
         found += cannot_tell(evaluation.outputs, "the samples of --eval", "give --eval others, as the model sees them in use")
     return found
@@ -85,6 +86,22 @@ def _harmful(result: Result) -> list[str]:
         return []
     instead = "give more samples, or --compensation none" if name == "distill" else "use --compensation distill"
     return [f"--compensation {name} left the outputs further from the original's than removing the units alone; {instead}"]
+
+
+def _left_out(result: Result) -> list[str]:
+    """That layers which read what went are of a form that compensation does not know, so that they are as they were cut."""
+    layers = unknown_readers(result.plan)
+    if result.plan.options.get("compensation") == "distill":  # which reaches weights that nodes read as they are
+        layers = [node for node in layers if not result.plan.grouping.model.tensors.keys() & set(node.input[:2])]
+    if not layers:
+        return []
+    node = layers[0]
+    what = f"{len(layers)} layers that read what went are" if len(layers) > 1 else "a layer that reads what went is"
+    more = ", …" if len(layers) > 1 else ""
+    return [
+        f"{what} only cut, not fitted ('{node.name or node.output[0]}'{more}): the weight is shared, scaled or comes through other nodes, "
+        "or the operator is of a form that is not known here; fold constants first, as onnxsim does, and prune that file"
+    ]
 
 
 def _lopsided(result: Result) -> list[str]:

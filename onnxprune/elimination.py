@@ -1,9 +1,9 @@
 """Optimal brain surgeon over whole units: the one whose loss the others make up for best goes first, and they do at once.
 
-For a layer y = Wx with the covariance Σ of x, removing the features S and fitting the weights of the others anew costs
-tr(W_S [(Σ⁻¹)_SS]⁻¹ W_Sᵀ) of the variance of y (Hassibi and Stork, 1993; for groups of weights: Optimal BERT Surgeon, 2022, and
-OBSPA, arXiv:2403.18955).  After each removal W and Σ⁻¹ are those of the smaller problem, so the costs add up to the error
-of the best weights for what is left.
+For a layer y = Wx + b with the covariance Σ of x (without a bias: its second moment), removing the features S and fitting the weights of
+the others anew costs tr(W_S [(Σ⁻¹)_SS]⁻¹ W_Sᵀ) of the variance of y (Hassibi and Stork, 1993; for groups of weights: Optimal BERT
+Surgeon, 2022, and OBSPA, arXiv:2403.18955).  After each removal W and Σ⁻¹ are those of the smaller problem, so the costs add up to the
+error of the best weights for what is left.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Problem:
     """The least squares of one reader, with what has gone taken out."""
 
     def __init__(self, reading: Reading) -> None:
-        sigma = reading.covariance
+        sigma = reading.moment
         self.inverse = np.linalg.inv(sigma + DAMPING * reading.spread[:, None, None] * np.eye(sigma.shape[1]))
         self.matrix = reading.matrix.copy()
         self.features = reading.features

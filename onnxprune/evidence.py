@@ -49,6 +49,15 @@ class Reading:
     magnitude: np.ndarray = field(default_factory=lambda: np.zeros((1, 1)))
 
     @property
+    def moment(self) -> np.ndarray:
+        """(groups, features, features): what counts once features go: the covariance where a bias takes up what they were on average,
+        else the second moment.
+        """
+        if self.layer is None or self.layer.takes_bias:
+            return self.covariance
+        return np.asarray(self.covariance + self.mean[:, :, None] * self.mean[:, None, :])
+
+    @property
     def spread(self) -> np.ndarray:
         """(groups,): the mean variance of a feature, at least what rounding makes of constants."""
         varies = np.einsum("gff->gf", self.covariance).mean(axis=1)

@@ -216,11 +216,12 @@ class Shown:
     page: str | None
     json: str | None
 
-    def check(self, model: str, *files: str | os.PathLike[str] | None) -> None:
-        """Raises OnnxPruneError where one of them cannot be written, or is also one of the files."""
-        from onnxprune.writing import check_apart, check_page, check_target
+    def check(self, model: str, output: str | os.PathLike[str], feeds: str | None, *samples: str | None) -> None:
+        """Raises OnnxPruneError where one of them cannot be written, or is also the output or holds feeds or samples."""
+        from onnxprune.writing import check_apart, check_page, check_samples_stay, check_target
 
-        check_apart(model, self.plot, self.page, self.json, *files)
+        check_apart(model, self.plot, self.page, self.json, output, feeds)
+        check_samples_stay(samples, self.plot, self.page, self.json, output)
         if self.plot:
             from onnxprune.plots import check_plot
 
@@ -347,7 +348,7 @@ def sweep(
     source = check_file(model)
     folder = output or str(source.with_name(f"{source.stem}-sweep"))
     shown = Shown(plot, report_path, json_path)
-    shown.check(model, folder, feeds)
+    shown.check(model, folder, feeds, chosen["calibration"], chosen["evaluation"])
     with progress(quiet) as say, resumable(folder):
         found = run(
             model,

@@ -55,7 +55,7 @@ def compensated(result: Result, study: Study, name: str, bench: Bench | None) ->
     cut, result = result.model, replace(result, model=study.finish(result.model))
     model, refits = result.model, list[Refit]()
     if name != "none":
-        model, refits = compensations.get(name)(study.on(result.plan.grouping), result.plan, result.model)
+        model, refits = compensations.call(name, study.on(result.plan.grouping), result.plan, result.model)
     if bench is not None and (name != "none" or model is not cut):
         check_model(bench, model, Moves(result.plan.grouping, after=result.plan.remove))
     if name == "none" or not study.samples.count:

@@ -225,7 +225,9 @@ def read_image(path: str | os.PathLike[str], entry: Input, view: Frame, preproce
     height, width = _wanted(entry, view, preprocess, path)
     try:
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert(CHANNELS[view.channels])
+            image = ImageOps.exif_transpose(_in_bytes(opened, path)).convert(CHANNELS[view.channels])
+    except OnnxPruneError:
+        raise
     except Exception as error:  # Pillow's readers raise of every kind on bad files
         raise OnnxPruneError(f"{path}: not an image that Pillow reads ({type(error).__name__}); take it out of the folder") from error
     if preprocess.resize != "stretch":
@@ -243,6 +245,17 @@ def read_image(path: str | os.PathLike[str], entry: Input, view: Frame, preproce
     if not entry.real:
         return values
     return scaled(values, view, preprocess)
+
+
+def _in_bytes(image: Any, path: str | os.PathLike[str]) -> Any:
+    """A Pillow image with 8 bits a channel: the upper ones of 16, which Pillow would clip; raises OnnxPruneError for any other depth."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise OnnxPruneError(f"{path}: holds 32-bit numbers, whose range is not known; write it with 8 or 16 bits a channel")
+    return image
 
 
 def _wanted(entry: Input, view: Frame, preprocess: Preprocess, where: str | os.PathLike[str]) -> tuple[int, int]:

@@ -18,10 +18,10 @@ from onnxprune.running import Arrays, Lazy
 
 def contractions(model: Model) -> set[tuple[str, int]]:
     """The (tensor, axis) pairs of constants that a layer sums over."""
-    return {pair for node in model.nodes for pair in _summed(node, model) if pair[0] in model.tensors}
+    return {pair for node in model.nodes for pair in summed(node, model) if pair[0] in model.tensors}
 
 
-def _summed(node: NodeProto, model: Model) -> list[tuple[str, int]]:
+def summed(node: NodeProto, model: Model) -> list[tuple[str, int]]:
     """The axes of its inputs that a layer sums over; of a convolution's only the weight's."""
     op, found = node.op_type, []
     for position, name in enumerate(node.input):
@@ -170,7 +170,7 @@ def excuses(grouping: Grouping) -> dict[int, str]:
                 shifted.setdefault(group, node)
         if node.op_type in ("Shape", "Size"):
             continue
-        sums = {(name, axis): carried(name, [axis]) for name, axis in _summed(node, model)}
+        sums = {(name, axis): carried(name, [axis]) for name, axis in summed(node, model)}
         weighed = set().union(*(found for (name, _), found in sums.items() if name in model.tensors))
         for group in set().union(*inputs) - weighed:
             if group not in outputs or any(group in found for found in sums.values()):

@@ -1,7 +1,8 @@
 """Compensation in one shot: the readers' new weights in closed form from the original's own moments, without another pass.
 
-W′ = W·Σ₍:,K₎(Σ_KK + δI)⁻¹ over the features K that stay, and b′ = b + Wμ − W′μ_K: optimal brain surgeon's update of all at once.  Or
-only the bias: b′ = b + W_S μ_S, what the removed features S were on average (FLAP, arXiv:2312.11983).
+W′ = W·Σ₍:,K₎(Σ_KK + δI)⁻¹ over the features K that stay, and b′ = b + Wμ − W′μ_K: optimal brain surgeon's update of all at once; Σ is
+the covariance, or the second moment where the layer takes no bias.  Or only the bias: b′ = b + W_S μ_S, what the removed features S were
+on average (FLAP, arXiv:2312.11983).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def _update(proto: ModelProto, widths: Widths, seat: Seat, weight: np.ndarray, r
         return
     matrix = sliced
     if weights:
-        sigma = reading.covariance
+        sigma = reading.moment
         damping = DAMPING * reading.spread[:, None, None]
         left = sigma[:, kept][:, :, kept] + damping * np.eye(int(kept.sum()))
         cross = whole @ sigma[:, :, kept] + damping * sliced

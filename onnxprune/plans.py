@@ -14,6 +14,8 @@ import numpy as np
 from onnxprune.errors import OnnxPruneError
 from onnxprune.grouping import Group, Grouping
 
+TURNED = "a plan of principal components (--criterion pca) is of the turned model, not of the file; prune the file with that criterion"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -101,12 +103,20 @@ def _check_header(name: str, content: Mapping[str, Any]) -> None:
         raise OnnxPruneError(f"{name}: '{what}' is not as the format says; make the plan again")
 
 
+def check_of_file(criterion: str | None) -> None:
+    """Raises OnnxPruneError where a plan by this criterion would speak of another model than the file."""
+    if criterion == "pca":
+        raise OnnxPruneError(f"no plan is written: {TURNED}")
+
+
 def match(grouping: Grouping, content: Mapping[str, Any]) -> Plan:
     """The plan on a model: every group that loses units must be a group of the model, place by place.
 
     Raises OnnxPruneError where the plan was made for another model.
     """
     model = grouping.model
+    if (content.get("options") or {}).get("criterion") == "pca":
+        raise OnnxPruneError(f"{model.name}: {TURNED}")
     for tensor, shape in (content.get("shapes") or {}).items():
         if tensor not in model.tensors:
             raise OnnxPruneError(f"{model.name}: has no tensor '{tensor}'; the plan was made for another model")

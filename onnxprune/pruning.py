@@ -102,9 +102,10 @@ def prune(
     from onnxprune.external import AT_ONCE
     from onnxprune.gates import MISSED, check_known, judged
     from onnxprune.importer import check_file, load, read
+    from onnxprune.plans import check_of_file
     from onnxprune.quality import evaluator
     from onnxprune.sizing import sized
-    from onnxprune.writing import check_apart, check_page, check_target, write_text
+    from onnxprune.writing import check_apart, check_page, check_samples_stay, check_target, write_text
 
     check_ratio(ratio)
     check_budget(chosen["of"])
@@ -112,7 +113,10 @@ def prune(
     check_known(gates, evaluation, metric, chosen["calibration"], chosen["compensation"])
     source = check_file(model)
     target = check_target(output or source.with_name(f"{source.stem}-pruned.onnx"), source)
-    check_apart(model, target, plan_out, json_path, report_path, feeds, evaluation, *curves)
+    check_apart(model, target, plan_out, json_path, report_path, feeds, *curves)
+    check_samples_stay((chosen["calibration"], evaluation), target, plan_out, json_path, report_path)
+    if plan_out:
+        check_of_file(chosen["criterion"])
     if report_path:
         check_page(report_path, source)
     for extra in (plan_out, json_path):

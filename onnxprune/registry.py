@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from onnxprune.errors import OnnxPruneError
+from onnxprune.userfunctions import said
 
-F = TypeVar("F")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Registry(Generic[F]):
@@ -33,7 +34,25 @@ class Registry(Generic[F]):
         if name not in self.known:
             for entry in entry_points(group=self.group):
                 if entry.name == name:
-                    self.known[name] = entry.load()
+                    try:
+                        self.known[name] = entry.load()
+                    except Exception as error:  # whatever the package's module does
+                        raise OnnxPruneError(f"the {self.kind} '{name}' ({entry.value}) does not load ({said(error)})") from error
         if name not in self.known:
             raise OnnxPruneError(f"no {self.kind} is named '{name}'; there are: {', '.join(self.names())}")
         return self.known[name]
+
+    def foreign(self, name: str) -> bool:
+        """Whether a function is not this package's own."""
+        return not getattr(self.get(name), "__module__", "").startswith("onnxprune.")
+
+    def call(self, name: str, *given: Any) -> Any:
+        """What a function makes of these; raises OnnxPruneError where one that is not this package's own fails."""
+        try:
+            return self.get(name)(*given)
+        except OnnxPruneError:
+            raise
+        except Exception as error:
+            if not self.foreign(name):
+                raise
+            raise OnnxPruneError(f"the {self.kind} '{name}' fails ({said(error)})") from error

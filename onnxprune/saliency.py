@@ -65,7 +65,10 @@ def obs(evidence: Evidence, group: Group, rng: np.random.Generator) -> np.ndarra
 
 @measured("fluctuation")
 def fluctuation(evidence: Evidence, group: Group, rng: np.random.Generator) -> np.ndarray:
-    """Σ Var(x)·‖W‖²: what is lost when the unit is replaced by its mean (An et al. 2024, FLAP, arXiv:2312.11983)."""
+    """Σ Var(x)·‖W‖²: what is lost when the unit is replaced by its mean (An et al. 2024, FLAP, arXiv:2312.11983).
+
+    The paper gives a reader without a bias one, which is another node; here the mean is lost there, and `energy` counts it.
+    """
     return over_readings(evidence, group, lambda r: np.einsum("gff->gf", r.covariance) * _norms(r) / r.power)
 
 

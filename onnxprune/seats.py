@@ -12,6 +12,7 @@ from onnxprune.evidence import WIDEST
 from onnxprune.folding import attributes
 from onnxprune.importer import Model
 from onnxprune.linear import CONVOLUTIONS, RECURRENT, Geometry, Linear, geometry, linears, made_by
+from onnxprune.masking import summed
 from onnxprune.plans import Plan
 from onnxprune.recurrences import recurrences
 from onnxprune.rewriter import Widths
@@ -116,6 +117,31 @@ def tensors_of(proto: ModelProto) -> dict[str, TensorProto]:
         if node.op_type == "Constant":
             found.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
     return found
+
+
+def unknown_readers(plan: Plan) -> list[NodeProto]:
+    """The nodes that sum a constant times units some of which go, and that are no layer here: what reads is cut, never fitted."""
+    model, widths = plan.grouping.model, Widths(plan.grouping, plan.remove)
+    known = {id(model.main[layer.node]) for layer in (*linears(model), *recurrences(model))}
+    constants = set(model.tensors)
+    found = []
+    for node in model.nodes:
+        if node.input and constants.issuperset(name for name in node.input if name):
+            constants.update(node.output if node.op_type != "DequantizeLinear" else ())  # fitted in floats
+        elif id(node) not in known and constants.intersection(node.input[:2]):
+            found += [node] if any(widths.mask(axis) is not None for axis in (*summed(node, model), *_letters(node))) else []
+    return found
+
+
+def _letters(node: NodeProto) -> list[tuple[str, int]]:
+    """The axes that an Einsum sums over, where its equation names them all."""
+    equation = str(attributes(node).get("equation", "") if node.op_type == "Einsum" else "").replace(" ", "")
+    terms, arrow, out = equation.partition("->")
+    if not arrow or "." in equation:
+        return []
+    return [
+        (name, axis) for name, term in zip(node.input, terms.split(","), strict=True) for axis, one in enumerate(term) if one not in out
+    ]
 
 
 def outputs_left(widths: Widths, seat: Seat) -> np.ndarray | None:

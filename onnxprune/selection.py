@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +14,9 @@ from onnxprune.compensation import compensation
 from onnxprune.criteria import criterion as criteria
 from onnxprune.curves import RATIOS, change, curves, outputs_of
 from onnxprune.errors import OnnxPruneError
-from onnxprune.grouping import Grouping
+from onnxprune.grouping import Group, Grouping
 from onnxprune.plans import Plan
-from onnxprune.reconstruction import reconstruct
+from onnxprune.registry import Registry
 from onnxprune.rewriter import Widths, rewrite
 from onnxprune.rounds import put_back
 from onnxprune.saliency import measured
@@ -23,7 +24,15 @@ from onnxprune.study import Study
 
 AUTO, PCA = "auto", "pca"
 SAMPLED = (AUTO, PCA, "distortion")  # criteria that run the model
-CANDIDATES = (("obs", BALANCED), ("obs", DISTORTION), ("obs", "global"), ("fluctuation", "standardized"), ("l2", "uniform"))
+CANDIDATES = (
+    ("obs", BALANCED),
+    ("obs", DISTORTION),
+    ("obs", "global"),
+    ("energy", DISTORTION),
+    ("fluctuation", "standardized"),
+    ("l2", "uniform"),
+)
+JUDGED = {"refine": "reconstruct", "distill": "reconstruct"}  # compensations that take too long to be tried with each pair
 FITTED = 256  # samples to which candidates are fitted
 WORK = 1e13  # multiply-accumulates that measuring may take, as long as it has LEAST samples
 LEAST, MOST = 8, 128
@@ -52,10 +61,23 @@ def scored(grouping: Grouping, ids: Collection[int], name: str, seed: int, study
         known = {g.id: study.known[g.id] for g in groups if g.id in study.known}
         return known | scored(grouping, set(ids) - set(known), "obs", seed, study)
     if name in measured.names():
-        look = measured.get(name)
-        return {g.id: look(study.evidence, g, np.random.default_rng([seed, g.id])) for g in groups}
-    score = criteria.get(name)
-    return {g.id: score(grouping.model, g, np.random.default_rng([seed, g.id])) for g in groups}
+        return {g.id: _asked(measured, name, study.evidence, g, seed) for g in groups}
+    return {g.id: _asked(criteria, name, grouping.model, g, seed) for g in groups}
+
+
+def _asked(registry: Registry[Any], name: str, seen: object, group: Group, seed: int) -> np.ndarray:
+    """A criterion's scores of a group; raises OnnxPruneError where they are not a number a unit."""
+    found = registry.call(name, seen, group, np.random.default_rng([seed, group.id]))
+    try:
+        scores = np.asarray(found, np.float64)
+    except (TypeError, ValueError):
+        scores = np.zeros(0)
+    if scores.shape != (group.units,):
+        given = f"an array of the shape {list(np.shape(found))}" if isinstance(found, np.ndarray) else f"{found!r:.40}"
+        raise OnnxPruneError(f"the criterion '{name}' gives {given} for group {group.id}; it must give {group.units} scores, one a unit")
+    if registry.foreign(name) and np.isnan(scores).any():
+        raise OnnxPruneError(f"the criterion '{name}' gives scores for group {group.id} that are not numbers (NaN)")
+    return scores
 
 
 def measured_losses(grouping: Grouping, scores: Mapping[int, np.ndarray], study: Study) -> dict[int, np.ndarray]:
@@ -95,10 +117,13 @@ class Selection:
 Choose = Callable[[Scores, str, Losses, float], Choice]
 
 
-def select(grouping: Grouping, ids: Collection[int], criterion: str, allocation: str, seed: int, study: Study, choose: Choose) -> Selection:
+def select(
+    grouping: Grouping, ids: Collection[int], criterion: str, allocation: str, seed: int, study: Study, compensate: str, choose: Choose
+) -> Selection:
     """Scores and losses of the groups; where one of the two names is `auto`, those of the pair that serves the model best.
 
-    choose: from scores, allocation, losses and the share of the budget that is to go already, which units go.
+    compensate: what is done to the model afterwards; choose: from scores, allocation, losses and the share of the budget that is to go
+    already, which units go.
     """
 
     @cache
@@ -115,7 +140,7 @@ def select(grouping: Grouping, ids: Collection[int], criterion: str, allocation:
     ]
     if len(tried) == 1:
         return tried[0]
-    changes = [_change(study, grouping, choose(found.scores, found.allocation, found.losses, 1.0)) for found in tried]
+    changes = [_change(study, grouping, choose(found.scores, found.allocation, found.losses, 1.0), compensate) for found in tried]
     if study.progress:
         for attempt, moved in zip(tried, changes, strict=True):
             study.progress(f"{attempt.criterion} by {attempt.allocation}: outputs change by {moved:.3g} of their variance")
@@ -130,13 +155,13 @@ def _pairs(criterion: str, allocation: str) -> list[tuple[str, str]]:
     return list(dict.fromkeys(pairs))
 
 
-def _change(study: Study, grouping: Grouping, choice: Choice) -> float:
-    """How much the outputs change on samples that the fit has not seen, when the model is pruned so and its layers fitted anew."""
-    part, held = study.apart(0.8, FITTED)
-    feeds = list(held.batches(study.batch))
+def _change(study: Study, grouping: Grouping, choice: Choice, compensate: str) -> float:
+    """How much the outputs change on samples that the fit has not seen, when the model is pruned so and compensated."""
+    feeds = list(study.judged[1].batches(study.batch))
     plan = Plan(grouping, choice.remove)
     try:
-        pruned, _ = reconstruct(*study.surgery(plan), lambda: part.batches(study.batch), progress=study.progress)
+        cut = study.finish(rewrite(grouping, choice.remove))
+        pruned, _ = compensation.call(JUDGED.get(compensate, compensate), study.fitting(FITTED), plan, cut)
         return change(outputs_of(grouping.model.proto, feeds), outputs_of(pruned, feeds), Widths(grouping, choice.remove))
     except OnnxPruneError:
         return float("inf")
@@ -151,7 +176,7 @@ def in_steps(selection: Selection, grouping: Grouping, seed: int, study: Study, 
         pruned = study.finish(pruned)
         if study.progress:
             study.progress(f"step {step} of {steps}")
-        pruned, _ = compensation.get(compensate)(study, plan, pruned)
+        pruned, _ = compensation.call(compensate, study, plan, pruned)
         left = put_back(plan, pruned)
         again = replace(study, grouping=left)
         scores = scored(left, selection.scores, selection.criterion, seed, again)

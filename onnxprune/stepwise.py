@@ -124,9 +124,13 @@ def plan(
     """
     from onnxprune import api
     from onnxprune.cautions import cautions
-    from onnxprune.writing import check_target, write_text
+    from onnxprune.plans import check_of_file
+    from onnxprune.writing import check_apart, check_samples_stay, check_target, write_text
 
     check_target(output, model)
+    check_of_file(chosen["criterion"])
+    check_apart(model, output, feeds)
+    check_samples_stay((chosen["calibration"],), output)
     with progress(quiet) as say:
         result = api.prune(
             model,

@@ -109,6 +109,14 @@ class Study:
         other.__dict__.update({name: vars(self)[name] for name in ("evidence", "turned") if name in vars(self)})
         return other
 
+    def fitting(self, most: int) -> Study:
+        """The same with at most so many samples, none of those that losses are measured on, and with what was found without them."""
+        other = replace(self, samples=_at_most(self.judged[0], most))
+        evidence = self.turned.evidence
+        found = {"evidence": self.evidence.part or self.evidence, "turned": replace(self.turned, evidence=evidence.part or evidence)}
+        other.__dict__.update(found)
+        return other
+
     def surgery(self, plan: Plan) -> tuple[Plan, ModelProto]:
         """The plan on the turned model, and that model pruned by it: what a compensation starts from."""
         made = self.turned.plan(plan)

@@ -15,10 +15,13 @@ from onnx import ModelProto, TensorProto
 
 from onnxprune.errors import OnnxPruneError
 from onnxprune.external import gigabytes
+from onnxprune.images import SUFFIXES
 from onnxprune.streaming import Meter, Pieces, Progress, lay_out, length_of, skeleton, write_data
 
 LARGEST = 2**31 - 1  # bytes that one protobuf message may have
+TWICE = "is named twice; give each input and output a file of its own"
 PAGES = (".html", ".htm")
+SAMPLES = {".npz", ".npy", *SUFFIXES}
 
 
 def check_target(path: str | os.PathLike[str], source: str | os.PathLike[str] | None = None) -> Path:
@@ -52,7 +55,17 @@ def check_apart(*paths: str | os.PathLike[str] | None) -> None:
     named = [Path(p).resolve() for p in paths if p and str(p) != "-"]
     for i, path in enumerate(named):
         if path in named[:i]:
-            raise OnnxPruneError(f"{path.name}: is named twice; give each input and output a file of its own")
+            raise OnnxPruneError(f"{path.name}: {TWICE}")
+
+
+def check_samples_stay(samples: Iterable[str | os.PathLike[str] | None], *outputs: str | os.PathLike[str] | None) -> None:
+    """Raises OnnxPruneError where an output would replace samples: a file of them, or one in a folder that is given."""
+    for source in (Path(given).resolve() for given in samples if given is not None and Path(given).exists()):
+        for path in (Path(output).resolve() for output in outputs if output and str(output) != "-"):
+            if path == source:
+                raise OnnxPruneError(f"{path.name}: {TWICE}")
+            if path.is_file() and path.suffix.lower() in SAMPLES and path.is_relative_to(source):
+                raise OnnxPruneError(f"{path.name}: holds samples, which are never changed; give the output a name of its own")
 
 
 def write_model(

@@ -170,6 +170,25 @@ def test_auto_takes_the_pair_that_changes_the_outputs_least(worst: str, first: b
     assert plain.plan.to_json()["groups"] == result.plan.to_json()["groups"]
 
 
+@pytest.mark.parametrize("compensation", ["none", "mean", "update"])
+def test_auto_judges_by_the_compensation_that_follows(compensation: str) -> None:
+    """On samples that it may not fit to; what it chooses of is seen on the same ones."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((400, 4)).astype(np.float32)
+    options: dict[str, Any] = {"calibration": {"x": x}, "criterion": "obs", "compensation": compensation}
+    rules = ("uniform", "global", "distortion", "balanced", "standardized", "auto")
+    results = {rule: onnxprune.prune(sided(), 0.4, allocation=rule, **options) for rule in rules}
+    wanted = run(sided(), {"x": x})
+
+    def loss(model: ModelProto) -> float:
+        return sum(float(((wanted[name] - found) ** 2).mean()) for name, found in run(model, {"x": x}).items())
+
+    lost = {rule: loss(result.model) for rule, result in results.items()}
+    chosen = results["auto"].plan.options["allocation"]
+    assert lost["auto"] == pytest.approx(lost[chosen], rel=1e-4)
+    assert lost["auto"] <= 1.1 * min(lost.values())
+
+
 def test_auto_measures_losses_once_a_criterion_and_chooses_by_what_each_alone_chooses() -> None:
     x = np.random.default_rng(1).standard_normal((64, 4)).astype(np.float32)
     said: list[str] = []

@@ -426,6 +426,18 @@ def test_pictures_are_cropped_in_the_middle_or_stretched(tmp_path: Path) -> None
         white("unit,size=64")
 
 
+def test_pictures_of_more_than_8_bits_are_scaled_or_refused(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image", reason="Pillow, of the extra `images`, is not installed")
+    deep = RNG.integers(0, 2**16, (4, 6), dtype=np.uint16)
+    image.fromarray(deep).save(tmp_path / "deep.png")
+    found = gathered(read_calibration(tmp_path, taking("float[N, 1, 4, 6] x"), preprocess="raw"), "x")
+    assert np.array_equal(found[0, 0], deep >> 8)
+    for kind in (np.int32, np.float32):
+        image.fromarray(deep.astype(kind)).save(tmp_path / "deep.tiff")
+        with refused("deep.tiff", "32-bit", "8 or 16 bits"):
+            gathered(read_calibration(tmp_path, taking("float[N, 1, 4, 6] x"), preprocess="raw"), "x")
+
+
 def test_pictures_become_gray_or_stay_integers_as_the_model_takes_them(pictures: Mapping[str, np.ndarray], tmp_path: Path) -> None:
     gray = gathered(read_calibration(tmp_path, taking("float[N, 1, 4, 6] x"), preprocess="raw"), "x")
     assert gray.shape == (2, 1, 4, 6)

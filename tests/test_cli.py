@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -228,6 +229,30 @@ def test_bad_usage(command: Command, tmp_path: Path, arguments: list[str], code:
     failing(command(*arguments), code, *words)
     assert list(tmp_path.iterdir()) == []
     assert MLP.read_bytes() == given
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["{model}", "-r", "0.4", "-o", "{samples}"],
+        ["{model}", "-r", "0.4", "-o", "out.onnx", "--plan-out", "{samples}"],
+        ["{model}", "-r", "0.4", "-o", "out.onnx", "--json", "{samples}"],
+        ["plan", "{model}", "-r", "0.4", "-o", "{samples}"],
+        ["sweep", "{model}", "--ratios", "0.4", "--json", "{samples}"],
+        ["sensitivity", "{model}", "--json", "{samples}"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("folder", [False, True])
+def test_samples_are_never_replaced(command: Command, tmp_path: Path, arguments: list[str], folder: bool) -> None:
+    (tmp_path / "samples").mkdir()
+    file = tmp_path / "samples" / "some.npz"
+    shutil.copy(MODELS / "digits-mlp.calibration.npz", file)
+    before = file.read_bytes()
+    given = [text.format(model=MLP, samples=file) for text in arguments]
+    failing(command(*given, "--calibration", file.parent if folder else file), 2, "some.npz", "own")
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["samples"]
 
 
 def test_nothing_to_prune_is_exit_code_3(command: Command, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
@@ -121,6 +121,66 @@ def test_wanda_energy_and_fluctuation() -> None:
     assert alike(looked("wanda"), sizes * np.sqrt((HIDDEN**2).mean(0)))
     assert alike(looked("energy"), squares * (HIDDEN**2).mean(0))
     assert alike(looked("fluctuation"), squares * HIDDEN.var(0))
+
+
+def test_obs_counts_the_mean_where_the_reader_has_no_bias_to_take_it() -> None:
+    power = ((HIDDEN @ W2) ** 2).mean(0).sum()
+
+    def cheapest(moment: np.ndarray) -> float:
+        inverse = np.linalg.inv(moment + 0.1 * HIDDEN.var(0).mean() * np.eye(6))
+        return float(((W2**2).sum(1) / np.diag(inverse)).min() / power)
+
+    second, centred = HIDDEN.T @ HIDDEN / len(HIDDEN), np.cov(HIDDEN.T, bias=True)
+    assert looked("obs").min() == pytest.approx(cheapest(second), rel=1e-3)
+    assert cheapest(second) != pytest.approx(cheapest(centred), rel=1e-2)
+
+
+def test_update_of_a_layer_without_a_bias_is_least_squares_through_the_origin() -> None:
+    options = {"criterion": "l1", "allocation": "uniform", "calibration": {"x": X + 2}, "verify": False}
+    result = onnxprune.prune(NET, 0.34, compensation="update", **options)
+    gone = next(iter(result.plan.remove.values()))
+    hidden, kept = np.maximum((X + 2) @ W1 + B1, 0), np.setdiff1d(np.arange(6), gone)
+    wanted = hidden @ W2
+    best = np.linalg.lstsq(hidden[:, kept], wanted, rcond=None)[0]
+    found = numpy_helper.to_array(next(t for t in result.model.graph.initializer if t.name == NET.graph.initializer[2].name))
+    lost = [float(((hidden[:, kept] @ matrix - wanted) ** 2).mean()) for matrix in (best, found, W2[kept])]
+    assert lost[0] <= lost[1] < min(1.1 * lost[0], lost[2])
+
+
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        (lambda units: np.ones(units - 1), ["[5]", "6 scores"]),
+        (lambda units: None, ["None", "6 scores"]),
+        (lambda units: np.full(units, np.nan), ["NaN"]),
+        (lambda units: [1.0] * units, []),
+    ],
+)
+def test_scores_of_ones_own_are_a_number_a_unit(scores: Callable[[int], object], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(criterion, "known", dict(criterion.known))
+    criterion("mine")(lambda model, group, rng: scores(group.units))
+    for rule in ("uniform", "global"):
+        if words:
+            with pytest.raises(OnnxPruneError, match="'mine'") as refused:
+                onnxprune.plan(NET, 0.34, criterion="mine", allocation=rule, verify=False)
+            assert refused.value.exit_code == 2
+            assert all(word in str(refused.value) for word in words)
+        else:
+            assert onnxprune.plan(NET, 0.34, criterion="mine", allocation=rule, verify=False).remove
+
+
+def test_functions_of_ones_own_that_fail_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: object) -> object:
+        raise ValueError("mine broke")
+
+    for registry, option in ((criterion, "criterion"), (allocation, "allocation"), (compensation, "compensation")):
+        monkeypatch.setattr(registry, "known", {**registry.known, "mine": broken})
+        with pytest.raises(OnnxPruneError, match=f"the {option} 'mine' fails \\(ValueError: mine broke\\)") as refused:
+            onnxprune.prune(NET, 0.34, calibration={"x": X}, **{"allocation": "uniform", "compensation": "none", option: "mine"})
+        assert refused.value.exit_code == 2
+    monkeypatch.setattr(allocation, "known", {**allocation.known, "mine": lambda scores, strength: dict.fromkeys(scores, np.nan)})
+    with pytest.raises(OnnxPruneError, match=r"the allocation 'mine' gives .*0 to 1"):
+        onnxprune.plan(NET, 0.34, criterion="l1", allocation="mine")
 
 
 def test_activation_is_the_norm_over_samples_of_the_mean_size_over_places() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from conftest import EVAL, MODELS, SHARED
+from conftest import EVAL, MODELS, SHARED, Command
 from onnx import ModelProto
 from outside import Weight, build, run
 
@@ -505,6 +506,21 @@ def test_what_finishes_the_surgery_is_checked_without_compensation_too(monkeypat
     with pytest.raises(OnnxPruneError, match="not well-formed") as caught:
         onnxprune.prune(MODELS / "digits-mobilenet.onnx", 0.25, compensation="none", **options)
     assert caught.value.exit_code == 4
+
+
+def test_a_plan_of_principal_components_is_not_written_and_not_carried_out(command: Command, tmp_path: Path) -> None:
+    model, samples = MODELS / "digits-mobilenet.onnx", MODELS / "digits-images.calibration.npz"
+    options = ["--criterion", "pca", "--allocation", "uniform", "--calibration", samples, "--samples", "32"]
+    for arguments in ([model, "-r", "0.25", "-o", "out.onnx", "--plan-out", "p.json"], ["plan", model, "-r", "0.25", "-o", "p.json"]):
+        found = command(*arguments, *options)
+        assert (found.returncode, found.stderr.count("\n")) == (2, 1)
+        assert "principal components" in found.stderr
+    assert list(tmp_path.iterdir()) == []
+    result = onnxprune.prune(model, 0.25, criterion="pca", allocation="uniform", compensation="none", calibration=samples, samples=32)
+    for carry_out in (onnxprune.apply, lambda model, plan: onnxprune.verify(model, plan=plan)):
+        with pytest.raises(OnnxPruneError, match="principal components") as refused:
+            carry_out(model, result.plan.to_json())
+        assert refused.value.exit_code == 2
 
 
 def test_pca_prunes_streams_and_says_where_there_are_none() -> None:

@@ -398,3 +398,30 @@ def test_a_step_that_counts_is_one_bar_and_other_words_are_another() -> None:
     say("fitting, pass 2 of 4")
     assert [task.completed for task in bars.tasks if task.visible] == [1]
     assert len(bars.tasks) == 1
+
+
+@pytest.mark.parametrize(
+    ("reader", "weight", "named"),
+    [
+        ("y = MatMul (r, w2)", (8, 3), 0),
+        ("t = Transpose <perm = [1, 0]> (w2)  y = MatMul (r, t)", (3, 8), 1),
+        ("t = Identity (w2)  y = MatMul (r, t)", (8, 3), 1),
+        ("y = Gemm <alpha = 2.0> (r, w2)", (8, 3), 1),
+        ('y = Einsum <equation = "ni,io->no"> (r, w2)', (8, 3), 1),
+        ("s = Sin (r)  a = MatMul (r, w2)  b = MatMul (s, w2)  y = Add (a, b)", (8, 3), 2),
+    ],
+)
+def test_layers_that_nothing_is_fitted_to_are_named(reader: str, weight: tuple[int, ...], named: int) -> None:
+    model = build(
+        "float[N, 4] x", f"h = Gemm (x, w1, b1)  r = Tanh (h)  {reader}", "float[N, 3] y", {"w1": (4, 8), "b1": (8,), "w2": weight}
+    )
+    x = np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32)
+    for compensation in ("none", "update"):
+        result = onnxprune.prune(model, 0.4, criterion="l1", allocation="uniform", compensation=compensation, calibration={"x": x})
+        said = [one for one in cautions(result) if "only cut, not fitted" in one]
+        assert len(said) == (named > 0 and compensation != "none")
+        if said:
+            assert said[0].startswith("2 layers" if named == 2 else "a layer")
+            assert result.fidelity is not None
+            before, after = result.fidelity
+            assert after.loss == pytest.approx(before.loss, rel=1e-6)
