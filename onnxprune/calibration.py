@@ -122,6 +122,8 @@ def _named(name: str, model: Model, reader: Reader, limit: int | None, seed: int
         return Made(noise, limit or noise.count)
     if is_function(name):
         return kept(user_function(name), name, reader, limit)
+    if not name:
+        raise OnnxPruneError("the samples have an empty name; give an .npz, a folder, module:function, noise or none")
     if path.is_dir():
         return folder_of(path, reader)
     return held([_whole(reader, read_file(checked(path), reader), name)])

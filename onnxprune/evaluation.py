@@ -17,7 +17,7 @@ from onnxprune.errors import OnnxPruneError
 from onnxprune.fidelity import OutputFidelity, Tally, Turn, runs
 from onnxprune.inputs import inputs_of
 from onnxprune.samples import Arrays, Samples
-from onnxprune.userfunctions import said
+from onnxprune.userfunctions import ENDS, said
 
 Metric = Callable[[dict[str, np.ndarray], dict[str, np.ndarray]], Any]
 
@@ -130,7 +130,7 @@ def _measured(metric: Metric, outputs: Arrays, turn: Turn, where: str) -> float:
     name = getattr(metric, "__name__", "the metric")
     try:
         found = metric(dict(outputs), {**turn.extras, **turn.feeds})
-    except Exception as error:
+    except ENDS as error:
         raise OnnxPruneError(f"the metric {name} fails on {where} ({said(error)})") from error
     if not isinstance(found, int | float | np.number) and np.shape(found) != ():
         raise OnnxPruneError(f"the metric {name} gives a {type(found).__name__}; it must give one number")

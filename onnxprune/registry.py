@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from onnxprune.errors import OnnxPruneError
-from onnxprune.userfunctions import said
+from onnxprune.userfunctions import ENDS, said
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,7 +36,7 @@ class Registry(Generic[F]):
                 if entry.name == name:
                     try:
                         self.known[name] = entry.load()
-                    except Exception as error:  # whatever the package's module does
+                    except ENDS as error:  # whatever the package's module does
                         raise OnnxPruneError(f"the {self.kind} '{name}' ({entry.value}) does not load ({said(error)})") from error
         if name not in self.known:
             raise OnnxPruneError(f"no {self.kind} is named '{name}'; there are: {', '.join(self.names())}")
@@ -52,7 +52,7 @@ class Registry(Generic[F]):
             return self.get(name)(*given)
         except OnnxPruneError:
             raise
-        except Exception as error:
+        except ENDS as error:
             if not self.foreign(name):
                 raise
             raise OnnxPruneError(f"the {self.kind} '{name}' fails ({said(error)})") from error

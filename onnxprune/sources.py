@@ -19,7 +19,7 @@ from onnxprune.images import SUFFIXES, Frame, Preprocess, check_channels, check_
 from onnxprune.inputs import Input, Inputs, Layout, Shape, fitted
 from onnxprune.noise import Noise
 from onnxprune.samples import Arrays, Feeds, Piece, Source
-from onnxprune.userfunctions import said
+from onnxprune.userfunctions import ENDS, said
 
 MOST = 65536  # samples of a function, which may not end
 _WRITERS = {".npz": "savez", ".npy": "save"}
@@ -301,14 +301,14 @@ def yielded(function: Callable[[], Any], name: str) -> Any:
     try:
         found = function()
         feeds = iter([found] if isinstance(found, Mapping) else found)
-    except Exception as error:
+    except ENDS as error:
         raise OnnxPruneError(f"{name}: cannot be called for samples ({said(error)}); it takes no argument and yields feeds") from error
     while True:
         try:
             feed = next(feeds)
         except StopIteration:
             return
-        except Exception as error:
+        except ENDS as error:
             raise OnnxPruneError(f"{name}: fails ({said(error)})") from error
         yield feed
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from onnxprune.errors import OnnxPruneError
 
+ENDS = (Exception, SystemExit)  # how code of the user's may end
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -32,13 +33,13 @@ def user_function(text: str) -> Callable[..., Any]:
         sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # whatever the user's module does
+    except ENDS as error:  # whatever the user's module does
         raise OnnxPruneError(f"{text}: the module '{module}' does not load ({said(error)})") from error
     if not callable(found):
         raise OnnxPruneError(f"{text}: the module '{module}' has no function '{name}'")
     return found  # type: ignore[no-any-return]
 
 
-def said(error: Exception) -> str:
+def said(error: BaseException) -> str:
     """An exception of the user's code in one line."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"

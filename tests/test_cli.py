@@ -218,6 +218,7 @@ def test_broken_files(command: Command, tmp_path: Path, how: str, words: list[st
         ([MLP, "-r", "0.4", "--feeds", MLP], 2, ["named twice"]),
         ([MLP, "-r", "0.4", "--feeds", MODELS / "README.md"], 2, ["not an .npz"]),
         ([MLP, "-r", "0.4", "--eval", MODELS / "README.md"], 2, ["not an .npz"]),
+        ([MLP, "-r", "0.4", "--calibration", ""], 2, ["empty name"]),
         (["apply", MLP, "missing.json", "-o", "out.onnx"], 2, ["missing.json"]),
         (["apply", MLP, MODELS / "README.md", "-o", "out.onnx"], 2, ["not a JSON file"]),
         (["bench", "missing.onnx"], 2, ["missing.onnx"]),

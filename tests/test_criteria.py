@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -178,6 +179,9 @@ def test_functions_of_ones_own_that_fail_are_named(monkeypatch: pytest.MonkeyPat
         with pytest.raises(OnnxPruneError, match=f"the {option} 'mine' fails \\(ValueError: mine broke\\)") as refused:
             onnxprune.prune(NET, 0.34, calibration={"x": X}, **{"allocation": "uniform", "compensation": "none", option: "mine"})
         assert refused.value.exit_code == 2
+    monkeypatch.setattr(criterion, "known", {**criterion.known, "mine": lambda *given: sys.exit(7)})
+    with pytest.raises(OnnxPruneError, match="SystemExit: 7"):
+        onnxprune.plan(NET, 0.34, criterion="mine")
     monkeypatch.setattr(allocation, "known", {**allocation.known, "mine": lambda scores, strength: dict.fromkeys(scores, np.nan)})
     with pytest.raises(OnnxPruneError, match=r"the allocation 'mine' gives .*0 to 1"):
         onnxprune.plan(NET, 0.34, criterion="l1", allocation="mine")
