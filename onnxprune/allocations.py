@@ -163,7 +163,7 @@ def choose(
     whole = cost({})
     second = secondary(grouping)
     if losses is None:
-        allocation.get(rule)
+        allocation.get(rule)  # an unknown name is refused, even where no group is left to ask it about
     price = {g: _price(cost, whole, g, units[g]) for g in scores}
     gone = dict.fromkeys(cut, 0)
 
