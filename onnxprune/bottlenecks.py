@@ -19,7 +19,7 @@ from onnxprune.carriers import MOVES, Carrier, carrier
 from onnxprune.evidence import Evidence, features
 from onnxprune.grouping import Group, Grouping
 from onnxprune.importer import Model
-from onnxprune.linear import Geometry, Linear, geometry, makes_along
+from onnxprune.linear import Geometry, Linear, makes_along
 from onnxprune.products import Product
 from onnxprune.running import Arrays
 from onnxprune.scopes import captured
@@ -116,7 +116,7 @@ def _of_layers(
         if layer is None:
             continue
         weight = model.array(layer.weight)
-        shape = geometry(model.main[layer.node], layer.weight, weight.ndim)
+        shape = layer.geometry(model.main[layer.node], weight.ndim)
         read = features(layer, shape, weight, group)
         if shape.group > 1:
             return None
@@ -223,7 +223,7 @@ def _made(model: Model, evidence: Evidence, layer: Linear, centred: bool) -> np.
     matrix = reading.matrix[0]
     second = matrix @ reading.covariance[0] @ matrix.T
     if not centred:
-        mean = matrix @ reading.mean[0] + (model.array(layer.bias).astype(np.float64).ravel() if layer.bias else 0.0)
+        mean = matrix @ reading.mean[0] + (layer.beta * model.array(layer.bias).astype(np.float64).ravel() if layer.bias else 0.0)
         second = second + np.outer(mean, mean)
     return np.asarray(second)
 

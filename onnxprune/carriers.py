@@ -18,7 +18,7 @@ from onnxprune.capture import Tap
 from onnxprune.errors import OnnxPruneError
 from onnxprune.folding import attributes
 from onnxprune.importer import FLOATS, Model
-from onnxprune.linear import CONVOLUTIONS, Linear, geometry, linears, made_by
+from onnxprune.linear import CONVOLUTIONS, Linear, linears, made_by
 from onnxprune.running import Arrays
 from onnxprune.scopes import captured
 from onnxprune.seats import Seat, tensors_of
@@ -63,12 +63,12 @@ def _seat(model: Model, pruned: ModelProto, layer: Linear) -> tuple[Seat, int]:
     made = made_by(pruned.graph.node)
     node = made[model.main[layer.node].output[0]]
     tensor = tensors_of(pruned)[layer.weight]
-    shape = geometry(node, layer.weight, len(tensor.dims))
+    shape = layer.geometry(node, len(tensor.dims))
     if layer.add >= 0:
         bias = next(name for name in made[layer.output].input if name != node.output[0])
     else:
         bias = node.input[2] if len(node.input) > 2 else ""
-    source = node.input[0 if node.input[1] == layer.weight else 1]
+    source = node.input[0 if node.input[1] == layer.operand else 1]
     groups, out, _ = shape.matrix(numpy_helper.to_array(tensor)).shape
     return Seat(layer, node, shape, source, layer.weight, bias), groups * out
 
@@ -97,7 +97,7 @@ def _behind(model: Model, pruned: ModelProto, value: str) -> Linear | None:
         value = source
     layer = layers[value]
     node = made.get(model.main[layer.node].output[0])
-    there = node is not None and node.op_type == layer.op and layer.weight in node.input and layer.weight in tensors
+    there = node is not None and node.op_type == layer.op and layer.operand in node.input and layer.weight in tensors
     return layer if there and layer.output in made else None
 
 

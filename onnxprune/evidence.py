@@ -17,7 +17,7 @@ from onnxprune.capture import Tap
 from onnxprune.emphasis import emphasis
 from onnxprune.grouping import Group, Grouping
 from onnxprune.importer import Model
-from onnxprune.linear import CONVOLUTIONS, Geometry, Linear, geometry, linears
+from onnxprune.linear import CONVOLUTIONS, Geometry, Linear, linears
 from onnxprune.moments import Gathering, Moments
 from onnxprune.products import Terms, gathered
 from onnxprune.recurrences import recurrences, spelled_out
@@ -90,7 +90,7 @@ class Evidence:
 
 def features(layer: Linear, shape: Geometry, weight: np.ndarray, group: Group) -> np.ndarray | None:
     """(units, places) features of each unit in what a layer reads; None where it does not sum over the group's units."""
-    axis = {"Conv": 1, "ConvTranspose": 0}.get(layer.op, weight.ndim - 1 if shape.left or shape.flipped else 0)
+    axis = {"Conv": 1, "ConvTranspose": 0}.get(layer.op, weight.ndim - 1 if shape.out_first else 0)
     for member in group.members:
         if member.tensor == layer.weight and member.axis == axis:
             break
@@ -159,7 +159,7 @@ def gather(
     layers: list[_Sums] = []
     for layer in (*linears(model), *recurrences(model)):
         weight = model.array(layer.weight)
-        shape = geometry(model.main[layer.node], layer.weight, weight.ndim)
+        shape = layer.geometry(model.main[layer.node], weight.ndim)
         if layer.weight not in owned:
             continue
         readers = {g.id: f for g in grouping.groups if g.branch is None and (f := features(layer, shape, weight, g)) is not None}

@@ -23,7 +23,7 @@ from onnxprune.evidence import WIDEST, Evidence, Reading, features, passed_on
 from onnxprune.folding import attributes
 from onnxprune.grouping import Grouping
 from onnxprune.importer import Model
-from onnxprune.linear import CONVOLUTIONS, Linear, geometry, linears
+from onnxprune.linear import CONVOLUTIONS, Linear, linears
 
 NEAR = 0.65  # correlation of neighbouring places of a feature map
 COLOURS = 0.9  # correlation of the channels of an image
@@ -66,7 +66,7 @@ def expected(grouping: Grouping) -> Evidence:
     layers: dict[str, Reading] = {}
     for layer in linears(model):
         weight = model.array(layer.weight)
-        shape = geometry(model.main[layer.node], layer.weight, weight.ndim)
+        shape = layer.geometry(model.main[layer.node], weight.ndim)
         field = fields.get(layer.source)
         matrix = shape.matrix(weight)
         if field is None or shape.group != 1 or matrix.shape[2] > WIDEST:
@@ -143,7 +143,7 @@ def _near(kernel: tuple[int, ...]) -> np.ndarray:
 def _linear(model: Model, layer: Linear, fields: Mapping[str, Field]) -> Field | None:
     """The moments of what a layer makes."""
     weight = model.array(layer.weight)
-    shape = geometry(model.main[layer.node], layer.weight, weight.ndim)
+    shape = layer.geometry(model.main[layer.node], weight.ndim)
     field = fields.get(layer.source)
     rank = len(model.shapes[layer.source])
     axis = 1 if layer.op in CONVOLUTIONS else rank - (2 if shape.left else 1)
@@ -157,7 +157,7 @@ def _linear(model: Model, layer: Linear, fields: Mapping[str, Field]) -> Field |
         return None
     covariance = _depthwise(taps, near, field) if groups > 1 and taps.shape[2] == 1 else _grouped(taps, near, field)
     mean = np.einsum("goct,gc->go", taps, field.mean.reshape(groups, -1)).ravel()
-    bias = model.array(layer.bias).ravel() if layer.bias and layer.add < 0 else 0.0
+    bias = layer.beta * model.array(layer.bias).ravel() if layer.bias and layer.add < 0 else 0.0
     return Field(axis, mean + bias, (covariance + covariance.T) / 2, field.sure)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from onnxprune.scopes import captured
 
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 RECURRENT = ("LSTM", "GRU", "RNN")
+SAME = ("SAME_UPPER", "SAME_LOWER")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Linear:
     source: the value that it reads; weight: its tensor; bias: the tensor that is added, "" where none is; output: the value with
     the bias added; add: the position of the node that adds the bias behind a MatMul or a bare Gemm, else -1; added: where the
     output goes into an Add that is nothing else's, the value it makes and the other operand; normed: that value, or the output, is
-    what a norm over its channels reads (`emphasis`).
+    what a norm over its channels reads (`emphasis`); operand: what the node reads, the weight or what Transpose, Cast and Identity
+    make of it; turned: its two axes have changed places there; beta: what the node multiplies the bias by (of Gemm).
     """
 
     node: int
@@ -44,11 +46,18 @@ class Linear:
     add: int = -1
     added: tuple[str, str] | None = None
     normed: bool = False
+    operand: str = ""
+    turned: bool = False
+    beta: float = 1.0
 
     @property
     def takes_bias(self) -> bool:
         """Whether a bias can be given without another node."""
-        return bool(self.bias) or self.op in (*CONVOLUTIONS, "Gemm")
+        return bool(self.bias) or (self.op in (*CONVOLUTIONS, "Gemm") and self.beta != 0)
+
+    def geometry(self, node: NodeProto, rank: int) -> Geometry:
+        """How its node reads, in the original or in the pruned model; rank: of its weight."""
+        return geometry(node, self.operand, rank, self.turned)
 
 
 def linears(model: Model) -> list[Linear]:
@@ -61,18 +70,16 @@ def linears(model: Model) -> list[Linear]:
     for index, node in enumerate(model.main):
         for name in node.input:
             readers.setdefault(name, []).append(index)
-    found = []
+    found, made = [], made_by(model.main)
     for index, node in enumerate(model.main):
-        layer = _linear(model, index, node)
-        if layer is None or reads[layer.weight] > 1:
+        layer = _linear(model, made, index, node)
+        if layer is None or reads[layer.weight] > 1 or reads[layer.operand] > 1:
             continue
         after = readers.get(layer.output, [])
-        bare = layer.op in ("MatMul", "Gemm") and not layer.bias and layer.weight == node.input[1]
+        bare = layer.op in ("MatMul", "Gemm") and not layer.bias and layer.operand == node.input[1]
         if bare and len(after) == 1 and reads[layer.output] == 1:
             layer = _with_bias(model, layer, after[0])
             after = readers.get(layer.output, [])
-        if layer.op == "Gemm" and layer.add < 0 and attributes(node).get("beta", 1.0) != 1.0:
-            continue  # a bias that it were given would not count
         if len(after) == 1 and reads[layer.output] == 1 and model.main[after[0]].op_type == "Add":
             add = model.main[after[0]]
             other = add.input[1 - list(add.input).index(layer.output)]
@@ -85,32 +92,49 @@ def linears(model: Model) -> list[Linear]:
     return found
 
 
-def _linear(model: Model, index: int, node: NodeProto) -> Linear | None:
+def _linear(model: Model, made: Mapping[str, NodeProto], index: int, node: NodeProto) -> Linear | None:
     """A node as a layer, if it is one whose inputs and output are floats of known shapes."""
     if node.domain not in ("", "ai.onnx") or node.op_type not in (*CONVOLUTIONS, "Gemm", "MatMul"):
         return None
-    position = 1
-    if node.op_type == "MatMul" and node.input[1] not in model.tensors:
-        position = 0
-    weight, source = node.input[position], node.input[1 - position]
+    (weight, turned), position = _constant(model, made, node.input[1]), 1
+    if node.op_type == "MatMul" and weight not in model.tensors:
+        (weight, turned), position = _constant(model, made, node.input[0]), 0
+    operand, source = node.input[position], node.input[1 - position]
     tensor = model.tensors.get(weight)
-    if tensor is None or tensor.data_type not in FLOATS or source in model.tensors or weight in model.copies:
+    if tensor is None or tensor.data_type not in FLOATS or weight in model.copies or _constant(model, made, source)[0] in model.tensors:
         return None
     if source not in model.shapes or node.output[0] not in model.shapes:
         return None
     if (node.op_type == "MatMul" and len(tensor.dims) != 2) or (node.op_type == "MatMul" and len(model.shapes[source]) < 2):
         return None
     given = attributes(node)
-    if node.op_type == "Gemm" and (given.get("transA", 0) or given.get("alpha", 1.0) != 1.0):
+    gemm = node.op_type == "Gemm"
+    if gemm and (given.get("transA", 0) or given.get("alpha", 1.0) == 0.0):
         return None
-    if node.op_type == "ConvTranspose" and ("output_shape" in given or given.get("auto_pad", "NOTSET") != "NOTSET"):
-        return None
+    beta = float(given.get("beta", 1.0)) if gemm else 1.0
     bias = node.input[2] if len(node.input) > 2 and node.op_type != "MatMul" else ""
-    if node.op_type == "Gemm" and (given.get("beta", 1.0) == 0.0 or _zero(model, bias)):
+    if gemm and (beta == 0.0 or _zero(model, bias)):
         bias = ""
     if bias and (bias not in model.tensors or not _one_a_channel(model.tensors[bias], model.shapes[node.output[0]][1])):
         return None
-    return Linear(index, node.op_type, source, weight, bias, node.output[0])
+    return Linear(index, node.op_type, source, weight, bias, node.output[0], operand=operand, turned=turned, beta=beta)
+
+
+def _constant(model: Model, made: Mapping[str, NodeProto], name: str) -> tuple[str, bool]:
+    """The value that a matrix or a kernel is, behind Identity, Cast between floats and Transpose; and whether its axes are turned."""
+    turned = False
+    while name in made and name not in model.tensors:
+        node = made[name]
+        if node.domain not in ("", "ai.onnx") or node.op_type not in ("Cast", "Identity", "Transpose"):
+            break
+        if node.op_type == "Cast" and attributes(node).get("to") not in FLOATS:
+            break
+        if node.op_type == "Transpose":
+            if len(model.shapes.get(name, ())) != 2:
+                break
+            turned ^= list(attributes(node).get("perm") or (1, 0)) == [1, 0]
+        name = node.input[0]
+    return name, turned
 
 
 def _with_bias(model: Model, layer: Linear, reader: int) -> Linear:
@@ -125,7 +149,7 @@ def _with_bias(model: Model, layer: Linear, reader: int) -> Linear:
         return layer
     if not _one_a_channel(tensor, width) or add.output[0] not in model.shapes:
         return layer
-    return Linear(layer.node, layer.op, layer.source, layer.weight, other, add.output[0], reader)
+    return replace(layer, bias=other, output=add.output[0], add=reader, beta=1.0)
 
 
 def _zero(model: Model, bias: str) -> bool:
@@ -140,7 +164,10 @@ def _one_a_channel(bias: TensorProto, width: int) -> bool:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a layer's node, of the original or of the pruned model, reads its input: attributes, and which input is the weight."""
+    """How a layer's node, of the original or of the pruned model, reads its input: attributes, and which input is the weight.
+
+    scale: what the weight is multiplied by (Gemm's alpha); asked: the sizes that a ConvTranspose is to make, () where it says none.
+    """
 
     op: str
     left: bool = False
@@ -151,30 +178,39 @@ class Geometry:
     pads: tuple[int, ...] = ()
     auto: str = "NOTSET"
     extra: tuple[int, ...] = ()
+    scale: float = 1.0
+    asked: tuple[int, ...] = ()
+
+    @property
+    def out_first(self) -> bool:
+        """Whether a matrix is held as (out, in)."""
+        return self.left != self.flipped
 
     def matrix(self, weight: np.ndarray) -> np.ndarray:
-        """A weight as (groups, out, features), float64; features are input channels, then the kernel's places."""
+        """What a weight multiplies by as (groups, out, features), float64; features are input channels, then the kernel's places."""
         w = np.asarray(weight, np.float64)
+        w = w if self.scale == 1 else w * self.scale
         if self.op == "Conv":
             return np.asarray(w.reshape(self.group, w.shape[0] // self.group, -1))
         if self.op == "ConvTranspose":
             w = w.reshape(self.group, w.shape[0] // self.group, w.shape[1], -1)
             return np.asarray(w.transpose(0, 2, 1, 3).reshape(self.group, w.shape[2], -1))
-        return np.asarray((w.reshape(-1, w.shape[-1]) if self.left or self.flipped else w.T)[None])
+        return np.asarray((w.reshape(-1, w.shape[-1]) if self.out_first else w.T)[None])
 
     def features(self, weight: Sequence[int]) -> int:
         """How many there are for the shape of a weight."""
         if self.op in CONVOLUTIONS:
             inputs = weight[1] if self.op == "Conv" else weight[0] // self.group
             return inputs * math.prod(weight[2:])
-        return weight[1 if self.left or self.flipped else 0]
+        return weight[1 if self.out_first else 0]
 
     def weight(self, matrix: np.ndarray, like: np.ndarray) -> np.ndarray:
         """The inverse of `matrix`, in the shape and type of another weight."""
+        matrix = matrix if self.scale == 1 else matrix / self.scale
         if self.op == "ConvTranspose":
             groups, out, _ = matrix.shape
             matrix = matrix.reshape(groups, out, like.shape[0] // groups, -1).transpose(0, 2, 1, 3)
-        elif self.op != "Conv" and not (self.left or self.flipped):
+        elif self.op != "Conv" and not (self.out_first):
             matrix = matrix[0].T
         return np.ascontiguousarray(matrix.reshape(like.shape).astype(like.dtype))
 
@@ -223,14 +259,18 @@ class Geometry:
     def out(self, x: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the output for the shapes of an input and of the weight."""
         if self.op not in CONVOLUTIONS:
-            wide = math.prod(weight[:-1]) if self.left or self.flipped else weight[1]
+            wide = math.prod(weight[:-1]) if self.out_first else weight[1]
             return (*x[:-2], wide, x[-1]) if self.left else (*x[:-1], wide)
+        if self.asked:
+            return (x[0], weight[1] * self.group, *self.asked)
         reach = [(k - 1) * d + 1 for k, d in zip(weight[2:], self.dilations, strict=True)]
         pads = [a + b for a, b in zip(self.pads[: len(reach)], self.pads[len(reach) :], strict=True)]
         sizes = zip(x[2:], reach, self.strides, pads, self.extra, strict=True)
         if self.op == "ConvTranspose":
-            return (x[0], weight[1] * self.group, *((n - 1) * s + r - p + e for n, r, s, p, e in sizes))
-        if self.auto in ("SAME_UPPER", "SAME_LOWER"):
+            whole = [((n - 1) * s + r + e, n * s, p) for n, r, s, p, e in sizes]
+            made = (min(full, wanted) if self.auto in SAME else full - (0 if self.auto == "VALID" else p) for full, wanted, p in whole)
+            return (x[0], weight[1] * self.group, *made)
+        if self.auto in SAME:
             return (x[0], weight[0], *(-(-n // s) for n, _, s, _, _ in sizes))
         return (x[0], weight[0], *((n + (0 if self.auto == "VALID" else p) - r) // s + 1 for n, r, s, p, _ in sizes))
 
@@ -262,13 +302,14 @@ class Geometry:
         return x.reshape(-1, x.shape[-1])
 
     def before(self, size: Sequence[int], spatial: Sequence[int], kernel: Sequence[int]) -> list[int]:
-        """Padding before each spatial axis."""
-        if self.auto not in ("SAME_UPPER", "SAME_LOWER"):
+        """Padding before each spatial axis; size: of what is read, spatial: of what is made."""
+        if self.auto not in SAME and not self.asked:
             return [0] * len(spatial) if self.auto == "VALID" else list(self.pads[: len(spatial)])
         found = []
         for axis, (n, o, k) in enumerate(zip(size, spatial, kernel, strict=True)):
             reach = (k - 1) * self.dilations[axis] + 1
-            total = max((o - 1) * self.strides[axis] + reach - n, 0)
+            small, large = (n, o) if self.op == "ConvTranspose" else (o, n)
+            total = max((small - 1) * self.strides[axis] + reach + self.extra[axis] - large, 0)
             found.append(total // 2 if self.auto == "SAME_UPPER" else total - total // 2)
         return found
 
@@ -277,16 +318,16 @@ def makes_along(shape: Geometry) -> int:
     """The axis of a layer's weight that what it makes runs along."""
     if shape.op == "ConvTranspose":
         return 1
-    return 0 if shape.op == "Conv" or shape.left or shape.flipped else 1
+    return 0 if shape.op == "Conv" or shape.out_first else 1
 
 
-def geometry(node: NodeProto, weight: str, rank: int) -> Geometry:
-    """How a node reads; rank: of its weight."""
+def geometry(node: NodeProto, operand: str, rank: int, turned: bool = False) -> Geometry:
+    """How a node reads; operand: its input that is the weight, or what is made of it; rank: of its weight; turned: behind a Transpose."""
     given = attributes(node)
     if node.op_type == "Gemm":
-        return Geometry("Gemm", flipped=bool(given.get("transB", 0)))
+        return Geometry("Gemm", flipped=bool(given.get("transB", 0)) ^ turned, scale=float(given.get("alpha", 1.0)))
     if node.op_type == "MatMul":
-        return Geometry("MatMul", left=node.input[0] == weight)
+        return Geometry("MatMul", left=node.input[0] == operand, flipped=turned)
     if node.op_type in RECURRENT:
         return Geometry(node.op_type, flipped=True)
     spatial = rank - 2
@@ -298,6 +339,7 @@ def geometry(node: NodeProto, weight: str, rank: int) -> Geometry:
         pads=tuple(given.get("pads") or [0] * 2 * spatial),
         auto=given.get("auto_pad", "NOTSET"),
         extra=tuple(given.get("output_padding") or [0] * spatial),
+        asked=tuple(given.get("output_shape") or ())[-spatial:],
     )
 
 

@@ -132,11 +132,11 @@ class Convolution:
 def operator(shape: Geometry, weight: Sequence[int], x: Sequence[int], y: Sequence[int]) -> Operator | None:
     """A layer's operator for the shapes of its weight, of what it reads and of what it makes; None where it is none of these kinds."""
     if shape.op not in CONVOLUTIONS:
-        return None if shape.left else Product(shape.flipped)
+        return None if shape.left or shape.scale != 1 else Product(shape.flipped)
     up = shape.op == "ConvTranspose"
     large, small = (y[2:], x[2:]) if up else (x[2:], y[2:])
     kernel = tuple(weight[2:])
-    before = tuple(shape.before(large, small, kernel))
+    before = tuple(shape.before(x[2:], y[2:], kernel))
     sizes = zip(large, small, shape.strides, kernel, shape.dilations, before, strict=True)
     after = tuple(max((o - 1) * s + (k - 1) * d + 1 - n - b, 0) for n, o, s, k, d, b in sizes)
     if min((*shape.pads, *before), default=0) < 0 or math.prod((*large, *small)) == 0:

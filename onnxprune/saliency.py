@@ -22,7 +22,7 @@ from onnxprune.equivalence import distortion
 from onnxprune.errors import OnnxPruneError
 from onnxprune.evidence import Evidence, Reading
 from onnxprune.grouping import Group, Member
-from onnxprune.linear import geometry, makes_along
+from onnxprune.linear import makes_along
 from onnxprune.masking import contractions, zeroed
 from onnxprune.registry import Registry
 from onnxprune.running import Runner
@@ -112,7 +112,7 @@ def _makes(evidence: Evidence, member: Member, reading: Reading) -> bool:
     layer, rank = reading.layer, len(evidence.model.tensors[member.tensor].dims)
     if layer is None:
         return False
-    shape = geometry(evidence.model.main[layer.node], layer.weight, rank)
+    shape = layer.geometry(evidence.model.main[layer.node], rank)
     return member.axis == makes_along(shape) and (layer.op != "ConvTranspose" or shape.group == 1)
 
 

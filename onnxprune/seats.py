@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxprune.evidence import WIDEST
 from onnxprune.folding import attributes
 from onnxprune.importer import Model
-from onnxprune.linear import CONVOLUTIONS, RECURRENT, Geometry, Linear, geometry, linears, made_by
+from onnxprune.linear import CONVOLUTIONS, RECURRENT, Geometry, Linear, linears, made_by
 from onnxprune.masking import summed
 from onnxprune.plans import Plan
 from onnxprune.recurrences import recurrences
@@ -67,10 +69,10 @@ def all_seats(plan: Plan, pruned: ModelProto) -> list[Seat]:
     for layer in sorted((*linears(model), *recurrences(model)), key=lambda layer: layer.node):
         name = next(out for out in model.main[layer.node].output if out)
         node = made.get(name)
-        if node is None or node.op_type != layer.op or layer.weight not in node.input or layer.weight not in tensors:
+        if node is None or node.op_type != layer.op or layer.operand not in node.input or layer.weight not in tensors:
             continue
-        shape = geometry(node, layer.weight, len(tensors[layer.weight].dims))
-        source = node.input[0 if node.input[1] == layer.weight else 1]
+        shape = layer.geometry(node, len(tensors[layer.weight].dims))
+        source = node.input[0 if node.input[1] == layer.operand else 1]
         if layer.add >= 0:
             add = made.get(layer.output)
             if add is None or layer.bias not in add.input:
@@ -83,7 +85,7 @@ def all_seats(plan: Plan, pruned: ModelProto) -> list[Seat]:
         wide = shape.features(tensors[layer.weight].dims)
         if wide > WIDEST:
             continue
-        whole = geometry(model.main[layer.node], layer.weight, len(tensors[layer.weight].dims))
+        whole = layer.geometry(model.main[layer.node], len(tensors[layer.weight].dims))
         narrowed = wide < whole.features(model.tensors[layer.weight].dims)
         seat = Seat(layer, node, shape, source, layer.weight, layer.bias, other, narrowed, source in changed or other in changed)
         found.append(replace(seat, bounds=_bounds(model, seat.goal)))
@@ -163,12 +165,13 @@ def original_goal(widths: Widths, seat: Seat, array: np.ndarray) -> np.ndarray:
 
 
 def bias_of(proto: ModelProto, seat: Seat, wide: int) -> np.ndarray:
-    """A layer's bias, float64 (wide,): of a recurrent layer the half that goes with its inputs; zeros where there is none."""
+    """What a layer adds, float64 (wide,): of a recurrent layer the half that goes with its inputs; zeros where there is none."""
     name = bias_name(proto, seat)
     if not name:
         return np.zeros(wide)
     given = numpy_helper.to_array(tensors_of(proto)[name])
-    return np.asarray(given[:, : given.shape[1] // 2] if seat.layer.op in RECURRENT else given, np.float64).reshape(wide)
+    given = given[:, : given.shape[1] // 2] if seat.layer.op in RECURRENT else given
+    return np.asarray(given, np.float64).reshape(wide) * seat.layer.beta
 
 
 def bias_name(proto: ModelProto, seat: Seat) -> str:
@@ -177,7 +180,7 @@ def bias_name(proto: ModelProto, seat: Seat) -> str:
     if seat.layer.add >= 0:
         return str(next(name for name in node.input if name != seat.node.output[0]))
     position = 3 if seat.layer.op in RECURRENT else 2
-    if seat.layer.op == "MatMul" or len(node.input) <= position:
+    if seat.layer.op == "MatMul" or len(node.input) <= position or seat.layer.beta == 0:
         return ""
     name, tensors = str(node.input[position]), tensors_of(proto)
     if seat.layer.op in RECURRENT:
@@ -193,8 +196,9 @@ def _adds_bias(proto: ModelProto, seat: Seat) -> NodeProto:
 
 
 def give_bias(proto: ModelProto, seat: Seat, bias: np.ndarray) -> None:
-    """Write a layer's bias (out,): into its tensor if no other node reads it, else into one of its own."""
+    """Have a layer add a bias (out,): by its tensor if no other node reads it, else by one of its own."""
     tensors, node, now = tensors_of(proto), _adds_bias(proto, seat), bias_name(proto, seat)
+    bias = bias / seat.layer.beta
     if now:
         given = numpy_helper.to_array(tensors[now])
         if seat.layer.op in RECURRENT:
@@ -205,7 +209,7 @@ def give_bias(proto: ModelProto, seat: Seat, bias: np.ndarray) -> None:
             write(tensors[now], bias)
             return
     else:
-        bias = bias.astype(numpy_helper.to_array(tensors[seat.weight]).dtype)
+        bias = bias.astype(_held_as(proto, tensors, seat))
     taken = {*tensors, *made_by(proto.graph.node), *(v.name for v in proto.graph.input)}
     name = next(n for i in range(len(taken) + 1) if (n := f"{seat.weight}_bias{i or ''}") not in taken)
     proto.graph.initializer.append(numpy_helper.from_array(bias, name))
@@ -214,6 +218,16 @@ def give_bias(proto: ModelProto, seat: Seat, bias: np.ndarray) -> None:
     else:
         del node.input[2:]
         node.input.append(name)
+
+
+def _held_as(proto: ModelProto, tensors: Mapping[str, TensorProto], seat: Seat) -> np.dtype[Any]:
+    """The type of numbers that a layer multiplies by."""
+    name, made = seat.layer.operand, made_by(proto.graph.node)
+    while name in made and name not in tensors and made[name].op_type != "Cast":
+        name = made[name].input[0]
+    if name in made and name not in tensors:
+        return helper.tensor_dtype_to_np_dtype(attributes(made[name])["to"])
+    return numpy_helper.to_array(tensors[name]).dtype
 
 
 def write(tensor: TensorProto, array: np.ndarray) -> None:

@@ -26,7 +26,7 @@ from onnxprune.errors import OnnxPruneError
 from onnxprune.evidence import Evidence, Reading
 from onnxprune.grouping import Grouping
 from onnxprune.importer import Model
-from onnxprune.linear import Geometry, geometry, linears, makes_along
+from onnxprune.linear import Geometry, linears, makes_along
 from onnxprune.plans import Plan
 from onnxprune.products import products, summed
 from onnxprune.running import Arrays, Runner, distance
@@ -110,13 +110,13 @@ def _seen(model: Model, evidence: Evidence, found: Mapping[int, Sequence[Block]]
             if reading is None or reading.layer is None:
                 continue
             weight = model.array(side.tensor)
-            shape = geometry(model.main[reading.layer.node], side.tensor, weight.ndim)
+            shape = reading.layer.geometry(model.main[reading.layer.node], weight.ndim)
             if side.axis % weight.ndim != makes_along(shape):
                 layers[side.tensor] = _read_turned(reading, side.places, weight, shape, rotation)
     for name, reading in layers.items():
         if reading.layer is not None:
             weight = model.array(name)
-            layers[name] = replace(reading, matrix=geometry(model.main[reading.layer.node], name, weight.ndim).matrix(weight))
+            layers[name] = replace(reading, matrix=reading.layer.geometry(model.main[reading.layer.node], weight.ndim).matrix(weight))
     readings = {
         group: tuple(
             replace(layers[r.layer.weight], features=r.features) if r.layer is not None and r.layer.weight in layers else r for r in some

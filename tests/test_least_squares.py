@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,9 +18,10 @@ from random_graphs import models
 
 import onnxprune
 from onnxprune import Result
+from onnxprune.cautions import cautions
 from onnxprune.importer import load
 from onnxprune.leastsquares import SHRINKAGES, shrunk
-from onnxprune.linear import CONVOLUTIONS, geometry, linears
+from onnxprune.linear import CONVOLUTIONS, SAME, linears
 from onnxprune.moments import Gathering, Moments
 from onnxprune.ridge import fit
 
@@ -83,9 +85,18 @@ def transposed(draw: st.DrawFn) -> Case:
     extra = [draw(st.integers(0, s - 1)) for s in strides]
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     pads = [draw(st.integers(0, r - 1)) for r in reach] + [draw(st.integers(0, r - 1)) for r in reach]
-    made = [(n - 1) * s + reach[i] - pads[i] - pads[axes + i] + extra[i] for i, (n, s) in enumerate(zip(size, strides, strict=True))]
+    whole = [(n - 1) * s + r + e for n, s, r, e in zip(size, strides, reach, extra, strict=True)]
+    made = [n - pads[i] - pads[axes + i] for i, n in enumerate(whole)]
     assume(min(made) > 0)
-    given = {"group": group, "strides": strides, "dilations": dilations, "pads": pads, "output_padding": extra}
+    given: dict[str, object] = {"group": group, "strides": strides, "dilations": dilations, "output_padding": extra}
+    said, auto = draw(st.sampled_from(["pads", "auto_pad", "output_shape"])), draw(st.sampled_from(["VALID", *SAME]))
+    if said == "pads":
+        given["pads"] = pads
+    else:
+        given |= {"auto_pad": auto} if said == "auto_pad" or draw(st.booleans()) else {}
+        given |= {"output_shape": made} if said == "output_shape" else {}
+    if said == "auto_pad":
+        made = whole if auto == "VALID" else [min(full, n * s) for full, n, s in zip(whole, size, strides, strict=True)]
     weights: dict[str, Weight] = {"w": (group * into, wide, *kernel)} | ({"b": (group * wide,)} if draw(st.booleans()) else {})
     batch = draw(st.integers(1, 3))
     body = f"y = ConvTranspose<{attribute(**given)}>({', '.join(['x', *weights])})"
@@ -99,7 +110,8 @@ def gemms(draw: st.DrawFn) -> Case:
     weights: dict[str, Weight] = {"w": (wide, into) if flipped else (into, wide)}
     bias = draw(st.sampled_from([None, (wide,), (1, wide)]))
     weights |= {"b": bias} if bias else {}
-    return Case(f"y = Gemm<transB={flipped}>({', '.join(['x', *weights])})", (rows, into), (rows, wide), weights)
+    given = attribute(alpha=draw(st.sampled_from([1.0, 0.5, -3.0])), beta=draw(st.sampled_from([1.0, 0.0, 2.0, -0.3])), transB=flipped)
+    return Case(f"y = Gemm<{given}>({', '.join(['x', *weights])})", (rows, into), (rows, wide), weights)
 
 
 @st.composite
@@ -117,7 +129,23 @@ def products(draw: st.DrawFn) -> Case:
     return Case(f"h = MatMul(x, w) y = {added}", (*before, rows, into), (*before, rows, wide), {"w": (into, wide), "b": bias})
 
 
-layers = st.one_of(convolutions(), convolutions(), transposed(), gemms(), products())
+@st.composite
+def behind(draw: st.DrawFn) -> Case:
+    """A layer that reads its weight behind other nodes."""
+    case = draw(st.one_of(convolutions(), gemms(), products()))
+    weight, name, steps = case.weights["w"], "w", []
+    assert isinstance(weight, tuple)
+    for i, op in enumerate(
+        draw(st.lists(st.sampled_from(["Identity", "Cast<to=1>", *["Transpose"] * 2 * (len(weight) == 2)]), min_size=1))
+    ):
+        weight = weight[::-1] if op == "Transpose" else weight
+        steps.append(f"w{i} = {op}({name})")
+        name = f"w{i}"
+    body = re.sub(r"\bw\b(?=[,)])", name, case.body)
+    return Case(f"{' '.join(steps)} {body}", case.x, case.y, {**case.weights, "w": weight})
+
+
+layers = st.one_of(convolutions(), convolutions(), transposed(), transposed(), gemms(), products(), behind())
 
 
 def seen(case: Case, share: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -126,16 +154,16 @@ def seen(case: Case, share: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.nda
     model = load(proto)
     (layer,) = linears(model)
     weight = model.array("w")
-    shape = geometry(model.main[layer.node], "w", weight.ndim)
+    shape = layer.geometry(model.main[layer.node], weight.ndim)
     feeds = feeds_of(proto, seed=1)
     y = run(proto, feeds)["y"]
-    assert (layer.source, layer.weight, layer.bias, layer.output) == ("x", "w", "b" if "b" in case.weights else "", "y")
+    assert (layer.source, layer.weight, layer.bias, layer.output) == ("x", "w", "b" if "b" in case.weights and layer.beta else "", "y")
     assert shape.out(feeds["x"].shape, weight.shape) == y.shape == case.y
     count = shape.places(y.shape)
     places = np.sort(np.random.default_rng(0).choice(count, max(1, round(share * count)), replace=False))
     rows = shape.rows(feeds["x"], y.shape, weight.shape[2:] if layer.op in CONVOLUTIONS else (), places)
     matrix = shape.matrix(weight)
-    given = model.array("b").ravel() if layer.bias else np.zeros(matrix.shape[0] * matrix.shape[1], np.float32)
+    given = layer.beta * model.array("b").ravel() if layer.bias else np.zeros(matrix.shape[0] * matrix.shape[1], np.float32)
     made = shape.weight(matrix, weight)
     assert made.dtype == weight.dtype
     np.testing.assert_array_equal(made, weight)
@@ -153,10 +181,10 @@ def test_rows_by_the_matrix_are_what_onnxruntime_makes(case: Case, share: float)
     ("body", "weights"),
     [
         ("y = Gemm(x, w, b)", {"w": (4, 3), "b": (3, 1)}),  # one number a row, not a column
-        ("y = Gemm<alpha=0.5>(x, w, b)", {"w": (4, 3), "b": (3,)}),
+        ("y = Gemm<alpha=0.0>(x, w, b)", {"w": (4, 3), "b": (3,)}),
         ("y = Gemm<transA=1>(x, w)", {"w": (3, 3)}),
-        ("y = Gemm<beta=0.0>(x, w, b)", {"w": (4, 3), "b": (3,)}),
-        ("y = Gemm<beta=2.0>(x, w, b)", {"w": (4, 3), "b": (3,)}),
+        ("h = Transpose(w) t = Neg(h) y = MatMul(x, t)", {"w": (3, 4)}),
+        ("h = Transpose(w) k = MatMul(x, h) z = Softmax(h) j = MatMul(x, z) y = Add(k, j)", {"w": (3, 4)}),  # what is made of w is shared
         ("h = Mul(w, s) y = MatMul(x, h)", {"w": (4, 3), "s": (3,)}),  # the weight passes through a node
         ("h = MatMul(x, w) z = MatMul(h, v) y = MatMul(z, v)", {"w": (4, 3), "v": (3, 3)}),  # v is shared; w is a layer
     ],
@@ -289,6 +317,10 @@ HIDDEN = {
         "h = Conv<pads=[1,1,1,1]>(x, v, c) a = Sigmoid(h) p = GlobalAveragePool(a) f = Flatten(p) y = Gemm<transB=1>(f, w, b)",
         (3, 12),
     ),
+    "ConvTranspose of a size": (
+        "h = Conv<pads=[1,1,1,1]>(x, v, c) a = Tanh(h) y = ConvTranspose<strides=[2,1],output_shape=[11,5]>(a, w, b)",
+        (12, 3, 2, 3),
+    ),
     "MatMul": ("h = MatMul(x, v) i = Add(h, c) a = Tanh(i) z = MatMul(a, w) y = Add(z, b)", (12, 3)),
     "MatMul without a bias": ("h = MatMul(x, v) i = Add(h, c) a = Tanh(i) y = MatMul(a, w)", (12, 3)),
 }
@@ -345,7 +377,7 @@ def by_row(kind: str, y: np.ndarray) -> np.ndarray:
 
 def as_matrix(kind: str, weight: np.ndarray) -> np.ndarray:
     """(out, features) of a weight."""
-    if kind == "ConvTranspose":
+    if kind.startswith("ConvTranspose"):
         return weight.swapaxes(0, 1).reshape(3, -1)
     return weight.T if kind.startswith("MatMul") else weight.reshape(3, -1)
 
@@ -364,6 +396,43 @@ def test_a_gemm_whose_bias_is_zero_or_behind_it_is_fitted_as_one_with_a_bias(las
     one, two = (onnxprune.prune(m, 0.4, calibration={"x": x}, criterion="l2", allocation="uniform") for m in (other, model))
     assert [refit.after for refit in one.refits] == pytest.approx([refit.after for refit in two.refits], rel=1e-3)
     np.testing.assert_allclose(run(one.model, {"x": x})["y"], run(two.model, {"x": x})["y"], atol=1e-4)
+
+
+# another way to write the last layer, and the tensors that make it the same: factors, and whether the weight is turned
+OTHERWISE = {
+    "y = Gemm<alpha=0.5, beta=4.0, transB=1>(f, w, b)": ("Gemm", {"w": 2.0, "b": 0.25}, False),
+    "y = Gemm<alpha=-3.0>(f, w, b)": ("Gemm", {"w": -1 / 3}, True),
+    "t = Transpose(w) y = Gemm(f, t, b)": ("Gemm", {}, False),
+    'y = ConvTranspose<auto_pad="SAME_UPPER", strides=[2,1]>(a, w, b)': ("ConvTranspose", {}, False),
+    "t = Transpose(w) z = MatMul(a, t) y = Add(z, b)": ("MatMul", {}, True),
+    "g = Cast<to=11>(w) t = Cast<to=1>(g) z = MatMul(a, t) y = Add(z, b)": ("MatMul", {}, False),
+}
+
+
+@pytest.mark.parametrize("compensation", ["mean", "moments", "update", "reconstruct", "refine", "merge"])
+@pytest.mark.parametrize("last", OTHERWISE)
+def test_however_a_layer_is_written_it_is_fitted_alike(last: str, compensation: str) -> None:
+    """alpha, beta, automatic padding and weights behind other nodes, against the same numbers in the plain form."""
+    kind, factors, turned = OTHERWISE[last]
+    model, x = two_deep(kind)
+    body, held = HIDDEN[kind][0], arrays(model)
+    if kind == "ConvTranspose":
+        body = body.replace("output_padding=[1,0],pads=[0,1,1,0]", "pads=[0,1,0,1]")
+    written = {name: (array * factors.get(name, 1)).astype(np.float32) for name, array in held.items()}
+    written |= {"w": written["w"].T} if turned else {}
+    start = body[: body.rindex("z =" if kind == "MatMul" else "y =")]
+    sizes = f"float[N, {', '.join(map(str, x.shape[1:]))}] x"
+    plain, other = build(sizes, body, "float y", held), build(sizes, start + last, "float y", written)
+    np.testing.assert_allclose(run(other, {"x": x})["y"], run(plain, {"x": x})["y"], atol=1e-4)
+    samples = None if compensation == "merge" else {"x": x}
+    one, two = (
+        onnxprune.prune(m, 0.4, calibration=samples, criterion="random", allocation="uniform", compensation=compensation)
+        for m in (plain, other)
+    )
+    np.testing.assert_allclose(run(two.model, {"x": x})["y"], run(one.model, {"x": x})["y"], atol=2e-4, rtol=2e-3)
+    cut = run(onnxprune.apply(other, two.plan).model, {"x": x})["y"]
+    assert np.abs(run(two.model, {"x": x})["y"] - cut).max() > 1e-2  # that something was done
+    assert not [said for said in cautions(two) if "not fitted" in said]
 
 
 @pytest.mark.parametrize("kind", HIDDEN)
