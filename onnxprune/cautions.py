@@ -99,7 +99,7 @@ def _left_out(result: Result) -> list[str]:
     what = f"{len(layers)} layers that read what went are" if len(layers) > 1 else "a layer that reads what went is"
     more = ", …" if len(layers) > 1 else ""
     return [
-        f"{what} only cut, not fitted ('{node.name or node.output[0]}'{more}): the weight is shared, scaled or comes through other nodes, "
+        f"{what} only cut, not fitted ('{node.name or node.output[0]}'{more}): the weight is shared or computed by other nodes, "
         "or the operator is of a form that is not known here; fold constants first, as onnxsim does, and prune that file"
     ]
 
