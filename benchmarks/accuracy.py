@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -146,7 +147,8 @@ Step = tuple[str, float, float]
 
 def note(steps: list[Step], text: str) -> None:
     """A step begins: its name without counts, now, and the largest resident size since the last one began."""
-    name = " ".join(word for word in text.partition(":")[0].split() if word.isalpha()).removesuffix(" of")
+    name = re.split(r",? (?:pass|batch) \d", text.partition(":")[0])[0]
+    name = " ".join(word for word in name.split() if word.isalpha())
     steps.append((name, time.perf_counter(), resident("VmHWM")))
     Path("/proc/self/clear_refs").write_text("5")
 

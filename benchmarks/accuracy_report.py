@@ -31,7 +31,7 @@ def matrix(rows: list[Row], models: Sequence[str]) -> str:
         known = [v for v in values if v is not None]
         return len(values) - len(known), -statistics.fmean(known) if known else 0.0
 
-    methods = sorted({row["method"] for row in rows}, key=place)
+    methods = sorted(sorted({row["method"] for row in rows}), key=place)
     head = ["method", *(f"{m.partition('-')[0]}, {r:.0%}" for m, r in columns), "s", "MiB"]
     last = [{"ratio": columns[-1][1], "model": columns[-1][0]}] if columns else []
     body = []
