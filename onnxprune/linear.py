@@ -72,8 +72,8 @@ def linears(model: Model) -> list[Linear]:
             readers.setdefault(name, []).append(index)
     found, made = [], made_by(model.main)
     for index, node in enumerate(model.main):
-        layer = _linear(model, made, index, node)
-        if layer is None or reads[layer.weight] > 1 or reads[layer.operand] > 1:
+        layer = _linear(model, made, reads, index, node)
+        if layer is None:
             continue
         after = readers.get(layer.output, [])
         bare = layer.op in ("MatMul", "Gemm") and not layer.bias and layer.operand == node.input[1]
@@ -92,16 +92,18 @@ def linears(model: Model) -> list[Linear]:
     return found
 
 
-def _linear(model: Model, made: Mapping[str, NodeProto], index: int, node: NodeProto) -> Linear | None:
-    """A node as a layer, if it is one whose inputs and output are floats of known shapes."""
+def _linear(model: Model, made: Mapping[str, NodeProto], reads: Mapping[str, int], index: int, node: NodeProto) -> Linear | None:
+    """A node as a layer, if it is one whose inputs and output are floats of known shapes, and whose weight no one else reads."""
     if node.domain not in ("", "ai.onnx") or node.op_type not in (*CONVOLUTIONS, "Gemm", "MatMul"):
         return None
-    (weight, turned), position = _constant(model, made, node.input[1]), 1
-    if node.op_type == "MatMul" and weight not in model.tensors:
-        (weight, turned), position = _constant(model, made, node.input[0]), 0
-    operand, source = node.input[position], node.input[1 - position]
+    (names, turned), position = _origin(model, made, node.input[1]), 1
+    if node.op_type == "MatMul" and names[-1] not in model.tensors:
+        (names, turned), position = _origin(model, made, node.input[0]), 0
+    weight, operand, source = names[-1], names[0], node.input[1 - position]
     tensor = model.tensors.get(weight)
-    if tensor is None or tensor.data_type not in FLOATS or weight in model.copies or _constant(model, made, source)[0] in model.tensors:
+    if tensor is None or tensor.data_type not in FLOATS or weight in model.copies or any(reads[name] > 1 for name in names):
+        return None
+    if _origin(model, made, source)[0][-1] in model.tensors:
         return None
     if source not in model.shapes or node.output[0] not in model.shapes:
         return None
@@ -120,9 +122,10 @@ def _linear(model: Model, made: Mapping[str, NodeProto], index: int, node: NodeP
     return Linear(index, node.op_type, source, weight, bias, node.output[0], operand=operand, turned=turned, beta=beta)
 
 
-def _constant(model: Model, made: Mapping[str, NodeProto], name: str) -> tuple[str, bool]:
-    """The value that a matrix or a kernel is, behind Identity, Cast between floats and Transpose; and whether its axes are turned."""
-    turned = False
+def _origin(model: Model, made: Mapping[str, NodeProto], name: str) -> tuple[list[str], bool]:
+    """What a matrix or a kernel is behind Identity, Cast between floats and Transpose: all names, the first one last, and whether its
+    two axes are turned."""
+    names, turned = [name], False
     while name in made and name not in model.tensors:
         node = made[name]
         if node.domain not in ("", "ai.onnx") or node.op_type not in ("Cast", "Identity", "Transpose"):
@@ -134,7 +137,8 @@ def _constant(model: Model, made: Mapping[str, NodeProto], name: str) -> tuple[s
                 break
             turned ^= list(attributes(node).get("perm") or (1, 0)) == [1, 0]
         name = node.input[0]
-    return name, turned
+        names.append(name)
+    return names, turned
 
 
 def _with_bias(model: Model, layer: Linear, reader: int) -> Linear:
@@ -210,7 +214,7 @@ class Geometry:
         if self.op == "ConvTranspose":
             groups, out, _ = matrix.shape
             matrix = matrix.reshape(groups, out, like.shape[0] // groups, -1).transpose(0, 2, 1, 3)
-        elif self.op != "Conv" and not (self.out_first):
+        elif self.op != "Conv" and not self.out_first:
             matrix = matrix[0].T
         return np.ascontiguousarray(matrix.reshape(like.shape).astype(like.dtype))
 

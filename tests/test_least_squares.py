@@ -184,6 +184,7 @@ def test_rows_by_the_matrix_are_what_onnxruntime_makes(case: Case, share: float)
         ("y = Gemm<alpha=0.0>(x, w, b)", {"w": (4, 3), "b": (3,)}),
         ("y = Gemm<transA=1>(x, w)", {"w": (3, 3)}),
         ("h = Transpose(w) t = Neg(h) y = MatMul(x, t)", {"w": (3, 4)}),
+        ("h = Transpose(w) i = Identity(h) k = MatMul(x, i) z = Softmax(h) j = MatMul(x, z) y = Add(k, j)", {"w": (3, 4)}),
         ("h = Transpose(w) k = MatMul(x, h) z = Softmax(h) j = MatMul(x, z) y = Add(k, j)", {"w": (3, 4)}),  # what is made of w is shared
         ("h = Mul(w, s) y = MatMul(x, h)", {"w": (4, 3), "s": (3,)}),  # the weight passes through a node
         ("h = MatMul(x, w) z = MatMul(h, v) y = MatMul(z, v)", {"w": (4, 3), "v": (3, 3)}),  # v is shared; w is a layer
