@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -20,6 +21,7 @@ import onnxprune.adjoints  # noqa: F401  registers the rules
 from onnxprune.capture import Tap, towards
 from onnxprune.emphasis import emphasis
 from onnxprune.errors import OnnxPruneError
+from onnxprune.folding import attributes
 from onnxprune.gradients import Backward, backward
 from onnxprune.importer import FLOATS
 from onnxprune.linear import RECURRENT, live, made_by
@@ -78,26 +80,49 @@ def targets(plan: Plan, pruned: ModelProto) -> list[Target]:
 
 
 def trainable(proto: ModelProto) -> list[str]:
-    """The initializers that are nothing but weights, biases or scales of the main graph's layers and norms."""
+    """The initializers that are nothing but weights, biases or scales of the main graph's layers and norms, turned or not."""
     tensors = {t.name: t for t in proto.graph.initializer}
-    widths, learned = _learned(proto, tensors)
+    forms = _forms(proto, tensors)
+    widths, learned = _learned(proto, tensors, forms)
     good: set[str] = set()
-    bad = {v.name for v in (*proto.graph.output, *proto.graph.input)}
+    bad = {v.name for v in proto.graph.input} | {forms[v.name].tensor for v in proto.graph.output if v.name in forms}
     for node in proto.graph.node:
-        bad |= captured(node)
+        bad |= {forms[name].tensor for name in captured(node) if name in forms}
+        if node.output and node.output[0] in forms:
+            continue
         for position, name in enumerate(node.input):
-            if name not in tensors:
+            if name not in forms:
                 continue
-            wide = [n for n in tensors[name].dims if n > 1]
+            tensor, dims = forms[name]
+            wide = [n for n in dims if n > 1]
             if node.op_type in BESIDE:
-                fits = len(wide) == 1 and wide[0] in widths and bool(learned.intersection(node.input)) and _moderate(tensors[name])
+                fits = len(wide) == 1 and wide[0] in widths and bool(learned.intersection(node.input)) and _moderate(tensors[tensor])
             else:
-                fits = bool(wide) and not _outer(node, position, tensors[name].dims)
-            (good if fits and position in WEIGHED.get(node.op_type, ()) and node.domain in ("", "ai.onnx") else bad).add(name)
+                fits = bool(wide) and not _outer(node, position, dims)
+            (good if fits and position in WEIGHED.get(node.op_type, ()) and node.domain in ("", "ai.onnx") else bad).add(tensor)
     return [name for name, tensor in tensors.items() if name in good - bad and tensor.data_type == TensorProto.FLOAT]
 
 
-def _learned(proto: ModelProto, tensors: Mapping[str, TensorProto]) -> tuple[set[int], set[str]]:
+class Form(NamedTuple):
+    """What a node reads of an initializer: itself, or what Identity, Cast and Transpose make of it; dims: the shape there."""
+
+    tensor: str
+    dims: tuple[int, ...]
+
+
+def _forms(proto: ModelProto, tensors: Mapping[str, TensorProto]) -> dict[str, Form]:
+    """{value: its form} of all initializers and what is made of them alone."""
+    found = {name: Form(name, tuple(tensor.dims)) for name, tensor in tensors.items()}
+    for node in proto.graph.node:
+        if node.op_type in ("Cast", "Identity", "Transpose") and node.domain in ("", "ai.onnx") and node.input[0] in found:
+            tensor, dims = found[node.input[0]]
+            if node.op_type == "Transpose":
+                dims = tuple(dims[i] for i in attributes(node).get("perm", range(len(dims))[::-1]))
+            found[node.output[0]] = Form(tensor, dims)
+    return found
+
+
+def _learned(proto: ModelProto, tensors: Mapping[str, TensorProto], forms: Mapping[str, Form]) -> tuple[set[int], set[str]]:
     """How wide layers, norms and embeddings are, and the values behind any of them.
 
     Constants before them prepare the input (a mean and a deviation, frequencies that positions are multiplied by), and ones along
@@ -109,8 +134,8 @@ def _learned(proto: ModelProto, tensors: Mapping[str, TensorProto]) -> tuple[set
         layer = node.op_type in (*WEIGHED, *RECURRENT) and node.op_type not in BESIDE
         layer = layer or (node.op_type == "Gather" and node.input[0] in tensors and tensors[node.input[0]].data_type == TensorProto.FLOAT)
         for position, name in enumerate(node.input):
-            if layer and name in tensors and not _outer(node, position, tensors[name].dims):
-                widths.update(tensors[name].dims)
+            if layer and name in forms and not _outer(node, position, forms[name].dims):
+                widths.update(forms[name].dims)
         if layer or (node.op_type not in ("Shape", "Size") and (learned.intersection(node.input) or learned & captured(node))):
             learned.update(name for name in node.output if name)
     return widths, learned

@@ -410,7 +410,7 @@ OTHERWISE = {
 }
 
 
-@pytest.mark.parametrize("compensation", ["mean", "moments", "update", "reconstruct", "refine", "merge"])
+@pytest.mark.parametrize("compensation", ["mean", "moments", "update", "reconstruct", "refine", "distill", "merge"])
 @pytest.mark.parametrize("last", OTHERWISE)
 def test_however_a_layer_is_written_it_is_fitted_alike(last: str, compensation: str) -> None:
     """alpha, beta, automatic padding and weights behind other nodes, against the same numbers in the plain form."""
