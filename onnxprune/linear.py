@@ -33,8 +33,8 @@ class Linear:
     source: the value that it reads; weight: its tensor; bias: the tensor that is added, "" where none is; output: the value with
     the bias added; add: the position of the node that adds the bias behind a MatMul or a bare Gemm, else -1; added: where the
     output goes into an Add that is nothing else's, the value it makes and the other operand; normed: that value, or the output, is
-    what a norm over its channels reads (`emphasis`); operand: what the node reads, the weight or what Transpose, Cast and Identity
-    make of it; turned: its two axes have changed places there; beta: what the node multiplies the bias by (of Gemm).
+    what a norm over its channels reads (`emphasis`); operand, addend: what the nodes read, the weight and the bias or what Transpose,
+    Cast and Identity make of them; turned: the weight's two axes have changed places there; beta: what Gemm multiplies the bias by.
     """
 
     node: int
@@ -47,6 +47,7 @@ class Linear:
     added: tuple[str, str] | None = None
     normed: bool = False
     operand: str = ""
+    addend: str = ""
     turned: bool = False
     beta: float = 1.0
 
@@ -78,7 +79,7 @@ def linears(model: Model) -> list[Linear]:
         after = readers.get(layer.output, [])
         bare = layer.op in ("MatMul", "Gemm") and not layer.bias and layer.operand == node.input[1]
         if bare and len(after) == 1 and reads[layer.output] == 1:
-            layer = _with_bias(model, layer, after[0])
+            layer = _with_bias(model, made, layer, after[0])
             after = readers.get(layer.output, [])
         if len(after) == 1 and reads[layer.output] == 1 and model.main[after[0]].op_type == "Add":
             add = model.main[after[0]]
@@ -114,12 +115,13 @@ def _linear(model: Model, made: Mapping[str, NodeProto], reads: Mapping[str, int
     if gemm and (given.get("transA", 0) or given.get("alpha", 1.0) == 0.0):
         return None
     beta = float(given.get("beta", 1.0)) if gemm else 1.0
-    bias = node.input[2] if len(node.input) > 2 and node.op_type != "MatMul" else ""
-    if gemm and (beta == 0.0 or _zero(model, bias)):
-        bias = ""
-    if bias and (bias not in model.tensors or not _one_a_channel(model.tensors[bias], model.shapes[node.output[0]][1])):
+    addend = node.input[2] if len(node.input) > 2 and beta != 0 else ""
+    bias, crossed = (_origin(model, made, addend)[0][-1], _origin(model, made, addend)[1]) if addend else ("", False)
+    if gemm and _zero(model, bias):
+        bias = addend = ""
+    if bias and (crossed or not _one_a_channel(model.tensors.get(bias), model.shapes[node.output[0]][1])):
         return None
-    return Linear(index, node.op_type, source, weight, bias, node.output[0], operand=operand, turned=turned, beta=beta)
+    return Linear(index, node.op_type, source, weight, bias, node.output[0], operand=operand, addend=addend, turned=turned, beta=beta)
 
 
 def _origin(model: Model, made: Mapping[str, NodeProto], name: str) -> tuple[list[str], bool]:
@@ -141,19 +143,16 @@ def _origin(model: Model, made: Mapping[str, NodeProto], name: str) -> tuple[lis
     return names, turned
 
 
-def _with_bias(model: Model, layer: Linear, reader: int) -> Linear:
+def _with_bias(model: Model, made: Mapping[str, NodeProto], layer: Linear, reader: int) -> Linear:
     """A MatMul together with the Add of a constant along its last axis that reads it."""
     add = model.main[reader]
-    if add.op_type != "Add" or add.domain not in ("", "ai.onnx"):
+    if add.op_type != "Add" or add.domain not in ("", "ai.onnx") or add.output[0] not in model.shapes:
         return layer
-    other = add.input[1 - list(add.input).index(layer.output)]
-    tensor = model.tensors.get(other)
-    width = model.shapes[layer.output][-1]
-    if tensor is None or tensor.data_type not in FLOATS or other in model.copies:
+    addend = add.input[1 - list(add.input).index(layer.output)]
+    names, turned = _origin(model, made, addend)
+    if turned or names[-1] in model.copies or not _one_a_channel(model.tensors.get(names[-1]), model.shapes[layer.output][-1]):
         return layer
-    if not _one_a_channel(tensor, width) or add.output[0] not in model.shapes:
-        return layer
-    return replace(layer, bias=other, output=add.output[0], add=reader, beta=1.0)
+    return replace(layer, bias=names[-1], addend=addend, output=add.output[0], add=reader, beta=1.0)
 
 
 def _zero(model: Model, bias: str) -> bool:
@@ -161,9 +160,9 @@ def _zero(model: Model, bias: str) -> bool:
     return bias in model.tensors and not model.tensors[bias].dims and not model.array(bias).any()
 
 
-def _one_a_channel(bias: TensorProto, width: int) -> bool:
-    """Whether a tensor holds a number for each place of the last axis, and nothing else."""
-    return list(bias.dims) == [1] * (len(bias.dims) - 1) + [width]
+def _one_a_channel(bias: TensorProto | None, width: int) -> bool:
+    """Whether a tensor holds a floating-point number for each place of the last axis, and nothing else."""
+    return bias is not None and bias.data_type in FLOATS and list(bias.dims) == [1] * (len(bias.dims) - 1) + [width]
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def _given(plan: Plan, compensated: ModelProto) -> list[_Fresh]:
         node = made[layer.output] if layer.add >= 0 else seat.node
         inputs = node.input if layer.add >= 0 else node.input[2:]
         axis = 1 if layer.op in CONVOLUTIONS else len(model.shapes[layer.output]) - 1
-        found += [_Fresh(n, node.output[0], layer.bias, (layer.output, axis)) for n in inputs if n in now and n not in model.tensors]
+        found += [_Fresh(n, node.output[0], layer.addend, (layer.output, axis)) for n in inputs if n in now and n not in model.tensors]
     return found
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,11 +72,13 @@ def all_seats(plan: Plan, pruned: ModelProto) -> list[Seat]:
         node = made.get(name)
         if node is None or node.op_type != layer.op or layer.operand not in node.input or layer.weight not in tensors:
             continue
+        if layer.bias and layer.bias not in tensors:
+            continue
         shape = layer.geometry(node, len(tensors[layer.weight].dims))
         source = node.input[0 if node.input[1] == layer.operand else 1]
         if layer.add >= 0:
             add = made.get(layer.output)
-            if add is None or layer.bias not in add.input:
+            if add is None or layer.addend not in add.input:
                 continue
         other = ""
         if layer.added is not None:
@@ -169,24 +172,24 @@ def bias_of(proto: ModelProto, seat: Seat, wide: int) -> np.ndarray:
     name = bias_name(proto, seat)
     if not name:
         return np.zeros(wide)
-    given = numpy_helper.to_array(tensors_of(proto)[name])
+    tensors = tensors_of(proto)
+    given = numpy_helper.to_array(tensors[_origin(proto, tensors, name)[-1]])
     given = given[:, : given.shape[1] // 2] if seat.layer.op in RECURRENT else given
     return np.asarray(given, np.float64).reshape(wide) * seat.layer.beta
 
 
 def bias_name(proto: ModelProto, seat: Seat) -> str:
-    """The tensor that holds a layer's bias now, "" where it has none: one may have been given since the seats were found."""
+    """What a layer reads as its bias now, "" where it has none: one may have been given since the seats were found."""
     node = _adds_bias(proto, seat)
     if seat.layer.add >= 0:
         return str(next(name for name in node.input if name != seat.node.output[0]))
     position = 3 if seat.layer.op in RECURRENT else 2
-    if seat.layer.op == "MatMul" or len(node.input) <= position or seat.layer.beta == 0:
-        return ""
-    name, tensors = str(node.input[position]), tensors_of(proto)
-    if seat.layer.op in RECURRENT:
-        return name
+    name = node.input[position] if len(node.input) > position else ""
+    if not name or seat.layer.beta == 0 or seat.layer.op in RECURRENT:
+        return name if seat.layer.op in RECURRENT else ""
+    tensors = tensors_of(proto)
     wide = math.prod(seat.shape.matrix(numpy_helper.to_array(tensors[seat.weight])).shape[:2])
-    return name if math.prod(tensors[name].dims) == wide else ""  # a number that stands for no bias
+    return name if math.prod(tensors[_origin(proto, tensors, name)[-1]].dims) == wide else ""  # a number that stands for no bias
 
 
 def _adds_bias(proto: ModelProto, seat: Seat) -> NodeProto:
@@ -198,21 +201,23 @@ def _adds_bias(proto: ModelProto, seat: Seat) -> NodeProto:
 def give_bias(proto: ModelProto, seat: Seat, bias: np.ndarray) -> None:
     """Have a layer add a bias (out,): by its tensor if no other node reads it, else by one of its own."""
     tensors, node, now = tensors_of(proto), _adds_bias(proto, seat), bias_name(proto, seat)
+    names = _origin(proto, tensors, now or seat.layer.operand)
+    held = numpy_helper.to_array(tensors[names[-1]])
     bias = bias / seat.layer.beta
-    if now:
-        given = numpy_helper.to_array(tensors[now])
-        if seat.layer.op in RECURRENT:
-            bias = np.concatenate([bias.reshape(len(given), -1), given[:, given.shape[1] // 2 :]], axis=1)
-        bias = bias.reshape(given.shape).astype(given.dtype)
-        readers = sum(list(other.input).count(now) + (now in captured(other)) for other in proto.graph.node)
-        if readers == 1 and all(value.name != now for value in proto.graph.output):
-            write(tensors[now], bias)
-            return
-    else:
-        bias = bias.astype(_held_as(proto, tensors, seat))
+    if now and seat.layer.op in RECURRENT:
+        bias = np.concatenate([bias.reshape(len(held), -1), held[:, held.shape[1] // 2 :]], axis=1)
+    bias = bias.reshape(held.shape) if now else bias
+    readers = Counter(name for other in proto.graph.node for name in (*other.input, *captured(other)))
+    readers.update(value.name for value in proto.graph.output)
+    if now and all(readers[name] == 1 for name in names):
+        write(tensors[names[-1]], bias.astype(held.dtype))
+        return
     taken = {*tensors, *made_by(proto.graph.node), *(v.name for v in proto.graph.input)}
     name = next(n for i in range(len(taken) + 1) if (n := f"{seat.weight}_bias{i or ''}") not in taken)
-    proto.graph.initializer.append(numpy_helper.from_array(bias, name))
+    given = numpy_helper.from_array(bias.astype(_read_as(proto, names, held)), name)
+    proto.graph.initializer.append(given)
+    if proto.ir_version < 4:  # every initializer is an input
+        proto.graph.input.append(helper.make_tensor_value_info(name, given.data_type, given.dims))
     if now:
         node.input[list(node.input).index(now)] = name
     else:
@@ -220,14 +225,19 @@ def give_bias(proto: ModelProto, seat: Seat, bias: np.ndarray) -> None:
         node.input.append(name)
 
 
-def _held_as(proto: ModelProto, tensors: Mapping[str, TensorProto], seat: Seat) -> np.dtype[Any]:
-    """The type of numbers that a layer multiplies by."""
-    name, made = seat.layer.operand, made_by(proto.graph.node)
-    while name in made and name not in tensors and made[name].op_type != "Cast":
-        name = made[name].input[0]
-    if name in made and name not in tensors:
-        return helper.tensor_dtype_to_np_dtype(attributes(made[name])["to"])
-    return numpy_helper.to_array(tensors[name]).dtype
+def _origin(proto: ModelProto, tensors: Mapping[str, TensorProto], name: str) -> list[str]:
+    """A tensor's name behind what Transpose, Cast and Identity make of it: all names, its own last."""
+    names, made = [name], made_by(proto.graph.node)
+    while names[-1] not in tensors:
+        names.append(made[names[-1]].input[0])
+    return names
+
+
+def _read_as(proto: ModelProto, names: Sequence[str], held: np.ndarray) -> np.dtype[Any]:
+    """The type of what a layer reads, the first of these names; held: the tensor, the last one."""
+    made = made_by(proto.graph.node)
+    casts = [attributes(made[name])["to"] for name in names[:-1] if made[name].op_type == "Cast"]
+    return helper.tensor_dtype_to_np_dtype(casts[0]) if casts else held.dtype
 
 
 def write(tensor: TensorProto, array: np.ndarray) -> None:

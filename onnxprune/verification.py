@@ -113,8 +113,10 @@ def check_model(bench: Bench, pruned: ModelProto, moves: Moves | None = None, re
     ready = ready or Runner(pruned, watch=behind_integers(bench.model))
     outputs = ready.run(moves.arrays(bench.feeds) if moves else bench.feeds)
     before, after = bench.model.proto.graph, pruned.graph
-    old = {v.name: v.type.tensor_type.elem_type for v in (*before.input, *before.output) if v.name not in bench.model.tensors}
-    new = {v.name: v.type.tensor_type.elem_type for v in (*after.input, *after.output) if v.name not in bench.model.tensors}
+    held = {*bench.model.tensors, *(t.name for t in after.initializer)}  # inputs too, in old files
+    old, new = (
+        {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output) if v.name not in held} for graph in (before, after)
+    )
     if old != new:
         raise OnnxPruneError("the pruned model has other inputs or outputs", 4)
     for name, array in bench.reference.items():
