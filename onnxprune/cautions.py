@@ -8,23 +8,30 @@ from onnxprune.evaluation import Evaluation
 from onnxprune.fidelity import OutputFidelity
 from onnxprune.naming import group_names
 from onnxprune.result import Result
-from onnxprune.seats import unknown_readers
+from onnxprune.seats import as_cut, unknown_readers
 
 NEARLY_ALL = 0.85  # share of its units that a group has lost then
 UNMOVED = 1e-6  # standard deviations
 WORSE = 1.02  # times what is lost by the removal alone: more than rounding
 ENOUGH = 64  # samples from which on what is fitted to them is worth something elsewhere, as a rule
 
+AS_CUT = {  # why a compensation does nothing for a layer
+    "mean": "they have no bias to take what is missing; --compensation update or distill changes weights, too",
+    "merge": "what they read is not known from the weights alone; give samples with --calibration",
+}
+
 
 def cautions(result: Result, evaluation: Evaluation | None = None) -> list[str]:
     """Sentences on what the samples cannot tell, on what was chosen blindly, and on where the reduction came from; often none."""
     options = result.plan.options
     found = [*_blind(result), *_few(result), *_lopsided(result), *_unmoved(result)]
+    if options.get("compensation", "none") != "none":
+        found += [*_left_out(result), *_as_cut(result)]
     if result.fidelity:
         noise = options.get("calibration") == "noise"
         where = "the made-up samples ('noise')" if noise else "the calibration samples"
         found += cannot_tell(result.fidelity[0].outputs, where, "give --calibration real samples, such as --calibration data.npz")
-        found += [*_harmful(result), *_left_out(result)]
+        found += _harmful(result)
     if evaluation is not None:
         found += cannot_tell(evaluation.outputs, "the samples of --eval", "give --eval others, as the model sees them in use")
     return found
@@ -72,6 +79,8 @@ def _few(result: Result) -> list[str]:
     if not result.fidelity or not isinstance(count, int) or count >= ENOUGH or options.get("calibration") == "noise":
         return []
     samples = "one calibration sample" if count == 1 else f"{count} calibration samples"
+    if result.refits and not any(refit.changed for refit in result.refits):
+        return [f"only {samples}: too few to see by whether a fit holds elsewhere, so no layer was fitted; give a few hundred"]
     return [
         f"only {samples}: what is left was fitted to them and compared on them, so other inputs lose more than is shown; give a few "
         "hundred with --calibration, and others with --eval to see"
@@ -102,6 +111,17 @@ def _left_out(result: Result) -> list[str]:
         f"{what} only cut, not fitted ('{node.name or node.output[0]}'{more}): the weight is shared or computed by other nodes, "
         "or the operator is of a form that is not known here; fold constants first, as onnxsim does, and prune that file"
     ]
+
+
+def _as_cut(result: Result) -> list[str]:
+    """That a compensation does nothing for some layers."""
+    name = str(result.plan.options.get("compensation"))
+    layers = as_cut(result.plan, result.model) if name in AS_CUT else []
+    if not layers:
+        return []
+    what = f"{len(layers)} layers that read what went" if len(layers) > 1 else "a layer that reads what went"
+    more = ", …" if len(layers) > 1 else ""
+    return [f"--compensation {name} left {what} as cut ('{layers[0].node.name or layers[0].node.output[0]}'{more}): {AS_CUT[name]}"]
 
 
 def _lopsided(result: Result) -> list[str]:

@@ -55,7 +55,8 @@ ACTIVATIONS: dict[str, Function] = {
     "Sigmoid": lambda x, _: 1 / (1 + np.exp(-x)),
     "Tanh": lambda x, _: np.tanh(x),
 }
-PASSING = {"Identity", "Dropout", "Cast", "AveragePool", "GlobalAveragePool", "MaxPool", "Flatten", "Reshape", "Slice", "Squeeze"}
+POOLS = {"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"}
+PASSING = {*POOLS, "Identity", "Dropout", "Cast", "Flatten", "Reshape", "Slice", "Squeeze"}
 
 
 def expected(grouping: Grouping) -> Evidence:
@@ -204,6 +205,11 @@ def _through(model: Model, constants: _Constants, node: NodeProto, fields: Mappi
     if op in PASSING:
         flat = op in ("Flatten", "Reshape", "Squeeze") and len(model.shapes.get(node.output[0], ())) == 2
         return replace(first, axis=1) if flat else first
+    if op in ("ReduceMean", "ReduceMax"):
+        return _reduced(model, constants, node, first)
+    if op == "Transpose":
+        rank = len(model.shapes[node.input[0]])
+        return replace(first, axis=list(attributes(node).get("perm", range(rank)[::-1])).index(first.axis))
     if op == "Concat" and attributes(node).get("axis") == first.axis and all(s is not None and s.axis == first.axis for s in sources):
         parts = [s for s in sources if s is not None]
         whole = np.zeros((sum(len(p.mean) for p in parts),) * 2)
@@ -217,6 +223,17 @@ def _through(model: Model, constants: _Constants, node: NodeProto, fields: Mappi
         sides = (before, model.shapes[node.output[0]][first.axis] - len(first.mean) - before)
         return replace(first, mean=np.pad(first.mean, sides), covariance=np.pad(first.covariance, (sides, sides)))
     return None
+
+
+def _reduced(model: Model, constants: _Constants, node: NodeProto, field: Field) -> Field | None:
+    """Over places, as pooling is."""
+    given, rank = attributes(node), len(model.shapes[node.input[0]])
+    axes = given.get("axes")
+    if len(node.input) > 1 and node.input[1]:
+        axes = constants[node.input[1]].astype(int) if node.input[1] in constants else None
+    if axes is None or field.axis in (gone := {int(axis) % rank for axis in axes}):
+        return None
+    return field if given.get("keepdims", 1) else replace(field, axis=field.axis - sum(axis < field.axis for axis in gone))
 
 
 def _pair(model: Model, constants: _Constants, node: NodeProto, sources: list[Field | None]) -> Field | None:

@@ -26,7 +26,7 @@ from onnxprune.grouping import Group
 from onnxprune.layertable import layer_changes
 from onnxprune.markup import Cell, Html, Section, bar, code, element, join, page, table
 from onnxprune.naming import group_names
-from onnxprune.report import proof_state, show_proof
+from onnxprune.report import fits_in_words, proof_state, show_proof
 from onnxprune.result import Result
 from onnxprune.wording import batch_in_words, batch_of, in_words
 
@@ -184,8 +184,7 @@ def _outputs(result: Result, evaluation: Evaluation | None) -> Section:
             rows.append([code(one.output), title, Cell(samples, samples), *cells])
     columns = ("Output", "Which model, on what", "Samples", "Cosine", "SQNR", "KL, nats", "Same top-1")
     shown = table("How near each output stays to the original's", columns, rows, id="outputs-table", kinds="  nnnnn")
-    fitted = [refit for refit in result.refits if not refit.partner]
-    note = f"Compensation {result.plan.options.get('compensation')}: {len(fitted)} layers fitted." if fitted else ""
+    note = f"Compensation {result.plan.options.get('compensation')}: {fits_in_words(result.refits)}." if result.refits else ""
     return Section("outputs", "Outputs", join([shown, element("p", note, class_="note")] if note else [shown]))
 
 

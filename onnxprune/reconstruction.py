@@ -47,6 +47,11 @@ class Refit:
     shrinkage: float
     partner: str = ""
 
+    @property
+    def changed(self) -> bool:
+        """Whether a fit held on the samples kept apart, so that the layer is not as it was cut."""
+        return math.isfinite(self.shrinkage) or self.after < self.before
+
     def to_json(self) -> dict[str, Any]:
         """An infinite shrinkage (the weights stay as they are) is None: JSON has no infinity."""
         return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in vars(self).items()}

@@ -30,7 +30,11 @@ def recurrences(model: Model) -> list[Linear]:
         if source in model.tensors or source not in model.shapes or (bias and (bias not in model.tensors or bias in model.copies)):
             continue
         bias = bias if reads[bias] == 1 else ""  # one that other layers read too stays as it is
-        found.append(Linear(index, node.op_type, source, weight, bias, f"{next(out for out in node.output if out)}:gates", operand=weight))
+        found.append(
+            Linear(
+                index, node.op_type, source, weight, bias, f"{next(out for out in node.output if out)}:gates", operand=weight, addend=bias
+            )
+        )
     return found
 
 

@@ -19,6 +19,7 @@ from onnxprune.handoff import HandOff
 from onnxprune.importer import Model
 from onnxprune.inputs import inputs_of
 from onnxprune.naming import group_names
+from onnxprune.reconstruction import Refit
 from onnxprune.result import Result
 from onnxprune.shortening import fitted, shortened
 from onnxprune.tensorrt import Support
@@ -282,13 +283,20 @@ def _of_one(model: Model) -> dict[str, tuple[int, ...]]:
     return {name: tuple(n for i, n in enumerate(shape) if i != axes[name]) for name, shape in model.input_shapes.items() if name in axes}
 
 
+def fits_in_words(refits: Sequence[Refit]) -> str:
+    """How many layers were fitted, one by one, and for how many nothing better was found."""
+    fits = [refit.changed for refit in refits if not refit.partner]
+    left = f", {fits.count(False)} left as cut" if False in fits else ""
+    return f"{fits.count(True)} layer{'s' * (fits.count(True) != 1)} fitted{left}"
+
+
 def show_compensation(console: Console, result: Result) -> None:
     """How near the outputs are on calibration samples, before compensation and after."""
     if result.fidelity is None:
         return
     before, after = result.fidelity
     pairs = sum(1 for refit in result.refits if refit.partner)
-    layers = f", {len(result.refits) - pairs} layers fitted" if result.refits else ""
+    layers = f", {fits_in_words(result.refits)}" if result.refits else ""
     layers += f", {pairs} of them refined with the layer before" if pairs else ""
     options, model = result.plan.options, result.plan.grouping.model
     given = options.get("samples")

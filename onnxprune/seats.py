@@ -95,6 +95,19 @@ def all_seats(plan: Plan, pruned: ModelProto) -> list[Seat]:
     return found
 
 
+def as_cut(plan: Plan, compensated: ModelProto) -> list[Seat]:
+    """The layers that have lost inputs and are what the surgery alone makes of them."""
+    model, widths, tensors = plan.grouping.model, Widths(plan.grouping, plan.remove), tensors_of(compensated)
+    found = []
+    for seat in all_seats(plan, compensated):
+        given = bias_name(compensated, seat) not in ("", seat.layer.addend)
+        names = [name for name in (seat.weight, seat.bias) if name]
+        if seat.narrowed and not given:
+            cut = {name: widths.cut(name, model.array(name)) for name in names}
+            found += [seat] if all(np.array_equal(cut[name], numpy_helper.to_array(tensors[name])) for name in names) else []
+    return found
+
+
 def _bounds(model: Model, value: str) -> tuple[float, float] | None:
     """The range that the only reader of a value, a Relu or a Clip, lets through."""
     readers = [node for node in model.nodes if value in node.input]

@@ -195,15 +195,16 @@ def held(pieces: Sequence[Piece]) -> Pieces:
 
 @dataclass(frozen=True)
 class Files:
-    """Opens the files of a folder; folder: a temporary one lives as long as this."""
+    """Opens the files of a folder; folder: a temporary one lives as long as this; name: of the function whose feeds they hold."""
 
     paths: Sequence[Path]
     reader: Reader
     folder: Any = None
+    name: str = ""
 
     def __call__(self, place: int) -> Piece:
         path = self.paths[place]
-        return self.reader.piece(read_file(path, self.reader), str(path))
+        return self.reader.piece(read_file(path, self.reader), f"{self.name}, feed {place}" if self.name else str(path))
 
 
 @dataclass(frozen=True)
@@ -278,7 +279,7 @@ def kept(function: Callable[[], Any], name: str, reader: Reader, limit: int | No
         raise OnnxPruneError(f"{name}: its samples do not fit on the disk ({error.strerror}); take fewer") from error
     if limit is None and ends[-1] > MOST:
         raise OnnxPruneError(f"{name}: yields more than {MOST} samples; let it end, or limit them (--samples, for calibration)")
-    found = Pieces(ends[1:], Files(paths, plain, folder))
+    found = Pieces(ends[1:], Files(paths, plain, folder, name))
     return found if limit is None else First(found, min(limit, ends[-1]))
 
 

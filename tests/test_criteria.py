@@ -304,6 +304,32 @@ def test_merging_is_had_by_asking_for_it_without_samples(given: str | None) -> N
     assert distortion(whole, Runner(merged.model).run(feeds)) < distortion(whole, Runner(left.model).run(feeds)) / 2
 
 
+@pytest.mark.parametrize(
+    "last",
+    [
+        "p = GlobalAveragePool (r)  f = Flatten (p)",
+        "p = ReduceMean <axes = [2, 3], keepdims = 1> (r)  f = Flatten (p)",
+        "f = ReduceMean <axes = [-1, -2], keepdims = 0> (r)",
+        "t = Transpose <perm = [0, 2, 3, 1]> (r)  f = ReduceMean <axes = [1, 2], keepdims = 0> (t)",
+        "t = Transpose <perm = [3, 0, 2, 1]> (r)  m = ReduceMean <axes = [0, 2], keepdims = 0> (t)  f = Identity (m)",
+    ],
+)
+def test_however_places_are_averaged_the_layer_behind_is_merged(last: str) -> None:
+    """PyTorch's newer exporter writes pooling as a mean, TensorFlow's channels come last."""
+    text = f"""
+        <ir_version: 8, opset_import: ["": 17]>
+        m (float[N, 3, 6, 6] x) => (float[N, 3] y)
+        {{ h = Conv <pads = [1, 1, 1, 1]> (x, w1, b1)  r = Relu (h)  {last}  y = MatMul (f, w2) }}"""
+    model, rng = onnx.parser.parse_model(text), np.random.default_rng(0)
+    w1, b1, w2 = rng.standard_normal((8, 3, 3, 3)), rng.standard_normal(8), rng.standard_normal((8, 3))
+    w1[6:], b1[6:] = 2 * w1[:2], 2 * b1[:2]
+    model.graph.initializer.extend(numpy_helper.from_array(a.astype(np.float32), n) for a, n in ((w1, "w1"), (b1, "b1"), (w2, "w2")))
+    result = onnxprune.prune(model, 0.25, calibration="none", criterion="l1", allocation="uniform")
+    feeds = {"x": rng.standard_normal((32, 3, 6, 6)).astype(np.float32)}
+    whole, left, merged = (Runner(m).run(feeds) for m in (model, onnxprune.apply(model, result.plan).model, result.model))
+    assert distortion(whole, merged) < 1e-3 < 0.01 < distortion(whole, left)
+
+
 def test_what_no_rule_says_anything_of_is_left_alone() -> None:
     text = """
         <ir_version: 8, opset_import: ["": 17]>

@@ -113,3 +113,17 @@ def test_a_model_that_cannot_be_read_leaves_nothing_behind(line: tuple[str, ...]
     for name, words in (("nowhere/model.onnx", "no such file"), ("broken.onnx", "not an ONNX model"), (".", "is a folder")):
         failing(command(line[0], name, *line[1:]), 2, name, words)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_feed_whose_labels_do_not_fit_is_named(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "feeding.py").write_text(
+        "import numpy as np\n"
+        "def some():\n"
+        "    for labels in (8, 5):\n"
+        "        yield {'x': np.ones((8, 4), 'f4'), 'labels': np.zeros(labels, int)}\n"
+    )
+    onnx.save(two_layers(), tmp_path / "net.onnx")
+    found = command("net.onnx", "-r", "0.3", "--eval", "feeding:some", "-o", "out.onnx", "-q")
+    assert found.returncode == 2
+    assert "feeding:some, feed 1: has labels of the shape [5] for 8 samples" in found.stderr
+    assert not (tmp_path / "out.onnx").exists()

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import MODELS, Command, two_layers
-from outside import Weight, build
+from outside import Weight, build, run
 from rich.console import Console
 
 import onnxprune
@@ -253,12 +253,26 @@ def test_inspect_counts_layers_in_one_way(command: Command, tmp_path: Path, opti
 
 def test_figures_of_a_handful_of_samples_are_called_that() -> None:
     x = np.random.default_rng(0).standard_normal((200, 4)).astype(np.float32)
-    for count, words_ in ((1, "only one calibration sample:"), (20, "only 20 calibration samples:"), (200, "")):
+    for count, words_ in ((20, "only 20 calibration samples:"), (200, "")):
         said = [one for one in cautions(onnxprune.prune(two_ways(), 0.3, calibration={"x": x[:count]})) if "fitted to them" in one]
         assert bool(said) == bool(words_)
         assert all(one.startswith(words_) and "--eval" in one for one in said)
     assert not any("fitted to them" in one for one in cautions(onnxprune.prune(two_ways(), 0.3, calibration="noise", samples=20)))
     assert not any("fitted to them" in one for one in cautions(onnxprune.prune(two_ways(), 0.3)))
+
+
+def test_one_sample_leaves_none_to_see_by_so_that_nothing_is_fitted(command: Command, tmp_path: Path) -> None:
+    np.savez(tmp_path / "one.npz", x=np.random.default_rng(0).standard_normal((1, 4)).astype(np.float32))
+    onnx.save(two_ways(), tmp_path / "net.onnx")
+    line = ("net.onnx", "-r", "0.3", "--calibration", "one.npz", "--compensation", "reconstruct", "-o", "out.onnx", "--report", "out.html")
+    found = command(*line)
+    said = words(found.stdout + found.stderr)
+    assert "only one calibration sample: too few to see by whether a fit holds elsewhere, so no layer was fitted" in said
+    assert re.search(r"reconstruct, 0 layers fitted, \d left as cut", said)
+    assert re.search(r"reconstruct: 0 layers fitted, \d left as cut", (tmp_path / "out.html").read_text())
+    cut = onnxprune.apply(two_ways(), onnxprune.prune(two_ways(), 0.3, calibration=str(tmp_path / "one.npz")).plan).model
+    for tensor in onnx.load(tmp_path / "out.onnx").graph.initializer:
+        assert tensor.raw_data == next(t.raw_data for t in cut.graph.initializer if t.name == tensor.name)
 
 
 # --- one group that pays for all --------------------------------------------------------------------------------------
@@ -425,3 +439,26 @@ def test_layers_that_nothing_is_fitted_to_are_named(reader: str, weight: tuple[i
             assert result.fidelity is not None
             before, after = result.fidelity
             assert after.loss == pytest.approx(before.loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("reader", "weight", "compensation", "why"),
+    [
+        ("y = MatMul (r, w2)", (8, 3), "mean", "they have no bias"),
+        ("y = MatMul (r, w2)", (8, 3), "update", ""),
+        ("y = MatMul (r, w2)", (8, 3), "merge", ""),
+        ("y = Gemm (r, w2)", (8, 3), "mean", ""),
+        ("u = Unsqueeze (r, two)  z = Conv <group = 2> (u, w2)  y = Flatten (z)", (4, 4, 1), "merge", "what they read is not known"),
+    ],
+)
+def test_layers_that_a_compensation_does_nothing_for_are_named(reader: str, weight: tuple[int, ...], compensation: str, why: str) -> None:
+    body = f"h = Gemm (x, w1, b1)  r = Tanh (h)  {reader}"
+    shapes = {"w1": (4, 8), "b1": (8,), "w2": weight, "two": np.array([2])}
+    model = build("float[N, 4] x", body, "float y", {name: shape for name, shape in shapes.items() if name in body})
+    x = np.random.default_rng(0).standard_normal((96, 4)).astype(np.float32)
+    given = {"calibration": "none" if compensation == "merge" else {"x": x}, "criterion": "l1", "allocation": "uniform"}
+    result = onnxprune.prune(model, 0.4, compensation=compensation, **given)  # type: ignore[arg-type]
+    said = [one for one in cautions(result) if "as cut" in one]
+    assert [why in one for one in said] == [True] * bool(why)
+    before, after = run(onnxprune.apply(model, result.plan).model, {"x": x}), run(result.model, {"x": x})
+    assert np.array_equal(before["y"], after["y"]) == bool(why)
