@@ -198,8 +198,10 @@ def bias_name(proto: ModelProto, seat: Seat) -> str:
         return str(next(name for name in node.input if name != seat.node.output[0]))
     position = 3 if seat.layer.op in RECURRENT else 2
     name = node.input[position] if len(node.input) > position else ""
-    if not name or seat.layer.beta == 0 or seat.layer.op in RECURRENT:
-        return name if seat.layer.op in RECURRENT else ""
+    if seat.layer.op in RECURRENT:
+        return str(name)
+    if not name or seat.layer.beta == 0:
+        return ""
     tensors = tensors_of(proto)
     wide = math.prod(seat.shape.matrix(numpy_helper.to_array(tensors[seat.weight])).shape[:2])
     return name if math.prod(tensors[_origin(proto, tensors, name)[-1]].dims) == wide else ""  # a number that stands for no bias
