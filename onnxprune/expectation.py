@@ -97,11 +97,15 @@ def expect(model: Model) -> dict[str, Field]:
     aliases = {n.output[0]: n.input[0] for n in model.main if n.op_type == "Identity" and n.input[0] in model.tensors}
     constants = _Constants(model, aliases)
     fields = {name: start(shape) for name, shape in model.input_shapes.items() if len(shape) > 1}
+    guessed = set[str]()  # which axis the channels are is supposed by the rank alone
     for index, node in enumerate(model.main):
         for name in node.input:
             known = name in fields or name in constants or name in model.folded
             if name and not known and len(model.shapes.get(name, ())) > 1:
                 fields[name] = start(model.shapes[name])
+                guessed.add(name)
+        if node.op_type == "Transpose" and node.input[0] in guessed:
+            continue
         made = _linear(model, layers[index], fields) if index in layers else _through(model, constants, node, fields)
         shape = model.shapes.get(node.output[0], ()) if node.output else ()
         if made is not None and made.axis < len(shape) and shape[made.axis] == len(made.mean):
