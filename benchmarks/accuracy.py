@@ -3,7 +3,7 @@
     pip install '.[peers,bench]' && python benchmarks/minilm.py build/accuracy --texts FOLDER
     python benchmarks/accuracy.py --part peers ours ablation minilm others
 
-One row is one result, made in a process of its own (or, `--together`, with all of its criterion) and measured by onnxruntime on
+One row is one result, made in a process of its own (or, `--together`, with all of its model and calibration) and measured by onnxruntime on
 data kept for reporting.  The rows are kept in docs/accuracy.json as they come: what is there is not run again.  docs/accuracy.md,
 docs/accuracy-pairs.md and docs/accuracy.svg are drawn from all rows.  benchmarks/README.md says what each part and column is.
 """
@@ -93,7 +93,7 @@ def jobs(part: str, args: argparse.Namespace) -> Iterator[Job]:
 
 
 def child(jobs: Sequence[Job], folder: Path, evaluated: int | None = None) -> Iterator[list[Row]]:
-    """The rows of each job, which are of one model, ratio, seed, criterion and calibration where there are several."""
+    """The rows of each job, which are of one model, ratio, seed and calibration where there are several."""
     if len(jobs) == 1:
         yield alone(jobs[0], folder, evaluated)
     else:
@@ -101,8 +101,11 @@ def child(jobs: Sequence[Job], folder: Path, evaluated: int | None = None) -> It
 
         path = accuracy_data.model_path(jobs[0].model, folder)
         made = together(jobs, *calibrated(jobs[0], folder), path, accuracy_data.feeds(jobs[0].model))
-        for job, result in zip(jobs, made, strict=True):
-            yield [{"method": job.method} | measured(job, result, folder, evaluated)]
+        known: dict[Any, Row] = {}
+        for job, (result, model) in zip(jobs, made, strict=True):
+            if result not in known:
+                known[result] = measured(job, model(), folder, evaluated)
+            yield [{"method": job.method} | known[result]]
 
 
 def alone(job: Job, folder: Path, evaluated: int | None) -> list[Row]:
@@ -253,10 +256,10 @@ def common(job: Job) -> Row:
 
 
 def batches(jobs: Sequence[Job], together: bool) -> list[list[Job]]:
-    """The jobs of each process: one, or with `together` those of onnxprune that share model, ratio, seed, criterion and calibration."""
+    """The jobs of each process: one, or with `together` those of onnxprune that share model, ratio, seed and calibration."""
 
     def shared(job: Job) -> str:
-        what = [job.model, job.ratio, job.seed, job.options["criterion"], job.options["calibration"]] if job.options else []
+        what = [job.model, job.ratio, job.seed, job.options["calibration"]] if job.options else []
         return json.dumps(what) if together and what else job.key
 
     found: dict[str, list[Job]] = {}
@@ -298,7 +301,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "accuracy.svg")
     parser.add_argument("--again", action="store_true", help="run what is already there once more")
     parser.add_argument(
-        "--together", action="store_true", help="all of a criterion in one process, which reads and measures once; --limit is for all of it"
+        "--together",
+        action="store_true",
+        help="all of a model and calibration in one process, which reads and measures once; --limit is for all of it",
     )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()

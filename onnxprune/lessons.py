@@ -26,6 +26,7 @@ from onnxprune.gradients import Backward, backward
 from onnxprune.importer import FLOATS
 from onnxprune.linear import RECURRENT, live, made_by
 from onnxprune.plans import Plan
+from onnxprune.recall import Recall
 from onnxprune.rewriter import Widths
 from onnxprune.running import Arrays, as_float32, first_line, session, widened
 from onnxprune.scopes import captured
@@ -203,7 +204,7 @@ class Forward:
 class Lesson:
     """The original, the pruned model forward and backward, and what of both is compared; spreads: of each target in a batch."""
 
-    original: Tap
+    original: Recall
     forward: Forward
     back: ort.InferenceSession
     graph: Backward
@@ -243,13 +244,15 @@ class Lesson:
         then = self.original.run(feeds)
         for target in self.wanted:
             goal = self.widths.cut(target.name, then[target.name])
+            _check_sizes(target.name, goal.shape, now[target.name].shape)
             yield target, now[target.name] - goal, _counts(target, goal, feeds)
 
 
 def lesson(plan: Plan, pruned: ModelProto, weights: Arrays, some: Sequence[Arrays]) -> Lesson | None:
     """pruned: with all its constants as initializers; some: batches, all of one size, to see shapes and spreads on.
 
-    None where the gradient of no weight is known.
+    None where the gradient of no weight is known.  Raises OnnxPruneError (exit code 4) where onnxruntime does not run a part of it, or
+    what is compared has other sizes from batch to batch.
     """
     everything = Forward(pruned, [name for node in pruned.graph.node for name in node.output if name], weights)
     seen = everything.run(some[0], weights)
@@ -270,12 +273,14 @@ def lesson(plan: Plan, pruned: ModelProto, weights: Arrays, some: Sequence[Array
     graph = backward(pruned, [target.name for target in wanted], list(weights), shapes, steady, floats, kinds)
     if not graph.weights:
         return None
-    original, widths = Tap(plan.grouping.model.proto, [target.name for target in wanted]), Widths(plan.grouping, plan.remove)
+    original = Recall(Tap(plan.grouping.model.proto, [target.name for target in wanted]))
+    widths = Widths(plan.grouping, plan.remove)
     spreads = {target.name: 0.0 for target in wanted}
     middles: dict[str, np.ndarray] = {}
     for then in (original.run(feeds) for feeds in some):
         for target in wanted:
             goal = widths.cut(target.name, then[target.name])
+            _check_sizes(target.name, goal.shape, shapes[target.name])
             middles[target.name] = middles.get(target.name, np.float32(0)) + _middle(goal) / len(some)
     for feeds, then in ((feeds, original.run(feeds)) for feeds in some):
         for target in wanted:
@@ -307,6 +312,12 @@ def _counts(target: Target, goal: np.ndarray, feeds: Arrays) -> np.ndarray:
         kept[on] = 1
         counts = counts * kept.reshape(counts.shape)
     return counts
+
+
+def _check_sizes(name: str, *shapes: tuple[int, ...]) -> None:
+    """Of batches that are alike in size; where padding is cut off at the longest sample, what is made of them is not."""
+    if len(set(shapes)) > 1:
+        raise OnnxPruneError(f"the sizes of {name!r} differ from batch to batch", 4)
 
 
 def _middle(goal: np.ndarray) -> np.ndarray:

@@ -13,7 +13,9 @@ from conftest import MODELS
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxprune
+import onnxprune.lessons
 from onnxprune.calibration import read_calibration
+from onnxprune.capture import Tap
 from onnxprune.distillation import Adam, mixed
 from onnxprune.fidelity import fidelity
 from onnxprune.gradients import RULES, Site, Value
@@ -325,3 +327,54 @@ def test_samples_are_mixed_only_where_all_inputs_are_floats() -> None:
     assert mixed(ids, rng) is ids
     single = {"x": np.ones((1, 3), np.float32)}
     assert mixed(single, rng) is single
+
+
+def texts(trimmed: bool = False) -> onnx.ModelProto:
+    """ids, mask (n, 8) through a table and two layers; trimmed: to as many places as the longest of the batch has."""
+    rng = np.random.default_rng(0)
+    tensors = {"table": rng.normal(size=(40, 12)), "a": rng.normal(size=(12, 32)), "b": rng.normal(size=(32, 5)) / 4}
+    integers = {"zero": [0], "one": [1], "last": [-1]}
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["rows"]),
+        helper.make_node("ReduceSum", ["mask", "last"], ["lengths"], keepdims=0),
+        helper.make_node("ReduceMax", ["lengths", "zero"], ["longest"], keepdims=1),
+        helper.make_node("Slice", ["rows", "zero", "longest", "one"], ["there"]),
+        helper.make_node("MatMul", ["there" if trimmed else "rows", "a"], ["wide"]),
+        helper.make_node("Relu", ["wide"], ["on"]),
+        helper.make_node("MatMul", ["on", "b"], ["y"]),
+    ]
+    ins = [helper.make_tensor_value_info(name, TensorProto.INT64, ["n", 8]) for name in ("ids", "mask")]
+    outs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", "places", 5])]
+    initializers = [numpy_helper.from_array(array.astype(np.float32), name) for name, array in tensors.items()]
+    initializers += [numpy_helper.from_array(np.array(numbers), name) for name, numbers in integers.items()]
+    graph = helper.make_graph(nodes, "g", ins, outs, initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def test_what_the_original_makes_of_texts_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, runs, run = np.random.default_rng(0), [0], Tap.run
+    feeds = {"ids": rng.integers(0, 40, (160, 8)), "mask": np.ones((160, 8), np.int64)}
+
+    def counted(self: Tap, feeds: Any) -> Any:
+        runs[0] += 1
+        return run(self, feeds)
+
+    monkeypatch.setattr(Tap, "run", counted)
+    once, said = pruned(texts(), "distill", calibration=feeds)
+    assert sum(line.startswith("distilling") for line in said) > 2
+    seldom, runs[0] = runs[0], 0
+    monkeypatch.setattr(onnxprune.lessons, "Recall", lambda tap: tap)
+    each, same = pruned(texts(), "distill", calibration=feeds)
+    assert said == same
+    assert 2 * seldom < runs[0]
+    for name, array in weights_of(each.model).items():
+        np.testing.assert_allclose(weights_of(once.model)[name], array, atol=1e-4, err_msg=name)
+
+
+def test_sizes_that_differ_from_batch_to_batch_are_said() -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.where(np.arange(160) < 6, 8, 5)  # batches with a long one among them, and without
+    feeds = {"ids": rng.integers(0, 40, (160, 8)), "mask": (np.arange(8) < lengths[:, None]).astype(np.int64)}
+    found, said = pruned(texts(trimmed=True), "distill", calibration=feeds)
+    assert any("not distilled" in line for line in said)
+    assert found.model == pruned(texts(trimmed=True), "refine", calibration=feeds)[0].model
