@@ -10,7 +10,7 @@ import onnxruntime as ort
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper
 
 from onnxprune.errors import OnnxPruneError
-from onnxprune.running import Arrays, as_float32, first_line, session, widened
+from onnxprune.running import Arrays, as_float32, first_line, session, widened, with_sizes
 from onnxprune.scopes import captured
 
 
@@ -88,10 +88,11 @@ class Tap:
         """{value: array} on one batch; a value that is a graph input is the feed itself."""
         found = {name: widened(feeds[name]) for name in self._given if name in feeds}
         if self._session is not None:
+            given = {k: widened(feeds[k]) for k in self._inputs if k in feeds}
             try:
-                outputs = self._session.run(self._outputs, {k: widened(feeds[k]) for k in self._inputs if k in feeds})
+                outputs = self._session.run(self._outputs, given)
             except Exception as error:
-                raise OnnxPruneError(f"onnxruntime does not run the model on the calibration data ({first_line(error)})") from error
+                raise OnnxPruneError(f"the model does not run on samples of {with_sizes(given)}: {first_line(error)}") from error
             found |= {k: np.asarray(v) for k, v in zip(self._outputs, outputs, strict=True) if not _ragged(v)}
         return found
 

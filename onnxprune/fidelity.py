@@ -12,7 +12,7 @@ import onnxruntime as ort
 from onnx import ModelProto
 
 from onnxprune.errors import OnnxPruneError
-from onnxprune.running import as_float32, first_line, session, widened
+from onnxprune.running import as_float32, first_line, session, widened, with_sizes
 from onnxprune.samples import Arrays, Feeds, Samples
 from onnxprune.scopes import subgraphs
 
@@ -129,7 +129,7 @@ def _run(sess: ort.InferenceSession, feeds: Arrays, where: str) -> Feeds:
     try:
         outputs = sess.run(None, given)
     except Exception as error:
-        raise OnnxPruneError(f"{where}: the model does not run on these samples ({first_line(error)})") from error
+        raise OnnxPruneError(f"{where}: the model does not run on samples of {with_sizes(given)}: {first_line(error)}") from error
     return {v.name: o for v, o in zip(sess.get_outputs(), outputs, strict=True) if isinstance(o, np.ndarray)}
 
 

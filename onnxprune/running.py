@@ -148,6 +148,11 @@ def _widen_tensor(tensor: TensorProto) -> None:
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
 
 
+def with_sizes(feeds: Arrays) -> str:
+    """For messages: `ids [2, 8], mask [2, 8]`."""
+    return ", ".join(f"{name} {list(np.shape(array))}" for name, array in feeds.items())
+
+
 def widened(array: np.ndarray) -> np.ndarray:
     """float16, bfloat16 and double arrays as float32; others as they are."""
     array = np.asarray(array)

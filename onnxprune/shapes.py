@@ -91,10 +91,14 @@ def infer(
         return last
     said = ", ".join(f"{k} {list(v)}" for k, v in shapes.items())
     tried = f" (nor on {', '.join(map(str, SIZES[:-1]))}, nor on sizes that stand in the file)" if free else ""
-    raise OnnxPruneError(
-        f"{name}: does not run on inputs of {said}{tried}: {problem}; give inputs that it takes with --feeds, or their sizes with "
-        "--input-shape (where an exporter wrote the traced length into the file, that length)"
+    advice = (
+        "give inputs that it takes with --feeds, or their sizes with --input-shape (where an exporter wrote the traced length into the "
+        "file, that length)"
     )
+    empty = next((k for k, v in shapes.items() if k in given and 0 in v), None)
+    if empty is not None:
+        advice = f"'{empty}' has no elements: leave out samples that are empty"
+    raise OnnxPruneError(f"{name}: does not run on inputs of {said}{tried}: {problem}; {advice}")
 
 
 _RESIZING = {"Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "Scan", "SequenceAt", "Unique"}
