@@ -93,7 +93,10 @@ def first_sizes(
         feed = arrays if isinstance(arrays, Mapping) else next(yielded(arrays, where), None)
         if not isinstance(feed, Mapping):  # what is wrong is said when the samples are read
             return {}
-        shapes = {str(name): np.shape(array) for name, array in feed.items()}
+        try:
+            shapes = {str(name): np.shape(array) for name, array in feed.items()}
+        except ValueError:  # rows of several lengths
+            return {}
     shapes = reader.held(shapes)
     layout = reader.inputs.layout(shapes, where)
     sizes = {entry.name: shapes[entry.name] for entry in reader.inputs.all if entry.name in shapes}

@@ -80,7 +80,8 @@ def _few(result: Result) -> list[str]:
     if not result.fidelity or not isinstance(count, int) or count >= ENOUGH or options.get("calibration") == "noise":
         return []
     samples = "one calibration sample" if count == 1 else f"{count} calibration samples"
-    if count < FEWEST and result.refits and not any(refit.changed for refit in result.refits):  # from FEWEST on `distill` goes on
+    alone = count < FEWEST or options.get("compensation") != "distill"  # which goes on, from FEWEST on
+    if alone and result.refits and not any(refit.changed for refit in result.refits):
         return [f"only {samples}: too few to see by whether a fit holds elsewhere, so no layer was fitted; give a few hundred"]
     return [
         f"only {samples}: what is left was fitted to them and compared on them, so other inputs lose more than is shown; give a few "

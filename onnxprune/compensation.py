@@ -96,6 +96,10 @@ def distill(study: Study, plan: Plan, pruned: ModelProto) -> Made:
             study.progress(f"the model is not distilled: there are too few samples to hold some out, {FEWEST} would do")
         return refine(study, plan, pruned)
     seen, held = study.samples.split(1 - HELD, study.seed)
+    if any(next(some.batches(study.batch), None) is None for some in (seen, held)):
+        if study.progress:
+            study.progress("the model is not distilled: of the samples to fit to, or of those held out, no batch is full; give more")
+        return refine(study, plan, pruned)
     narrow, cut = study.surgery(plan)
     made, refits = reconstruct(narrow, cut, lambda: seen.batches(study.batch), progress=study.progress)
     found = distilled(narrow, made, seen, held, study.batch, study.progress, study.seed)

@@ -87,9 +87,13 @@ def _terms(model: Model, nodes: Iterable[NodeProto]) -> list[Term]:
             terms.append((1, (*y, x[-2 if attributes(node).get("transA", 0) and len(x) > 1 else -1]), made))
         elif op == "Einsum":
             letters: dict[str, Axis] = {}
-            equation = str(attributes(node)["equation"]).replace(" ", "").replace("...", "")
+            equation = str(attributes(node)["equation"]).replace(" ", "")
             for term, axes in zip(equation.split("->")[0].split(","), site.x, strict=True):
-                letters |= dict(zip(term[::-1], axes[::-1], strict=False))
+                first, dots, last = term.partition("...")
+                others = [str(i) for i in range(len(axes) - len(first) - len(last))][::-1] if dots else []  # counted from the last
+                for letter, (name, axis) in zip((*first, *others, *last), axes, strict=False):
+                    if letter not in letters or model.shapes[name][axis] != 1:  # else: broadcast
+                        letters[letter] = (name, axis)
             terms.append((1, tuple(letters.values()), made))
         else:
             r = site.x[2]

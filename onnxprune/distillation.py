@@ -63,13 +63,13 @@ def distilled(
     """
     say = progress or (lambda text: None)
     batch, some = seen.at_once or batch, seen.part(0, 4 * max(batch, seen.at_once or 1))
-    lifted = with_initializers(pruned)
+    lifted = with_initializers(pruned, next(iter(seen.batches(1)), {}))
     names = set(trainable(lifted))
     weights = {t.name: numpy_helper.to_array(t) for t in lifted.graph.initializer if t.name in names}
     batches = [list(_alike(part, batch, seen)) for part in (some, held)]
     passes, many = _passes(plan, seen), sum(1 for _ in _alike(seen.shuffled(seed), batch, seen))
     few = "there are too few samples to hold some out" if not all(batches) else ""
-    first = next((count for _, _, count in seen.counted(batch)), 0)
+    first = next((count for _, count in seen.counted(batch)), 0)
     few = "most samples are of other sizes than the first; pad them to one" if 2 * many * first < seen.count else few
     large = "the model or the calibration set is too large" if passes < 1 or sum(w.size for w in weights.values()) > MOST else ""
     if few or large or not weights:

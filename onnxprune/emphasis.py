@@ -27,7 +27,7 @@ def emphasis(wanted: np.ndarray, channels: tuple[int, ...] = (0, 2)) -> np.ndarr
     """
     with np.errstate(over="ignore", invalid="ignore"):
         variance = np.var(wanted, axis=channels, keepdims=True, dtype=np.float64)
-        floor = max(1e-3 * float(np.median(variance)), 1e-30)
+        floor = max(1e-3 * float(np.median(variance)), 1e-30) if variance.size else 1.0
         weights = 1 / np.maximum(np.nan_to_num(variance, nan=np.inf), floor if np.isfinite(floor) else 1e-30)
     return np.asarray(weights * (weights.size / max(float(weights.sum()), 1e-30)), np.float32)
 

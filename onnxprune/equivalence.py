@@ -103,11 +103,20 @@ def _run(bench: Bench, arrays: Arrays) -> Mapping[str, np.ndarray]:
         return {}
 
 
+def _parts(values: Arrays) -> dict[str, np.ndarray]:
+    """Arrays as they are, and those of sequences each by itself."""
+    found: dict[str, np.ndarray] = {}
+    for name, value in values.items():
+        found |= {f"{name}[{i}]": part for i, part in enumerate(value)} if isinstance(value, list) else {name: value}
+    return found
+
+
 def distortion(before: Arrays, after: Arrays) -> float:
     """Mean over the float outputs of the squared change by the variance; infinite where they do not compare.
 
     Where all outputs are integers, the mean share of them that changes.
     """
+    before, after = _parts(before), _parts(after)
     lost: list[float] = []
     for name, array in before.items():
         if np.asarray(array).dtype.kind != "f" or not np.size(array):

@@ -70,11 +70,11 @@ def evaluate(
     chosen: list[tuple[np.ndarray, np.ndarray]] = []
     labels: list[np.ndarray] = []
     metrics = [0.0, 0.0]
-    for turn in runs([original, pruned], samples, batch):
+    for turn in runs([original, pruned], samples, batch, extras=True):
         count += turn.count
         tally.add(turn.outputs[0], turn.outputs[1], turn.count)
         choices = [_choices(outputs) for outputs in turn.outputs]
-        if choices[0] is not None and choices[1] is not None:
+        if choices[0] is not None and choices[1] is not None and choices[0].shape == choices[1].shape:
             chosen.append((choices[0], choices[1]))
         if "labels" in turn.extras:
             wrong = wrong_labels(turn.extras["labels"], classes_in(next(iter(turn.outputs[0].values()), None)))
@@ -105,7 +105,7 @@ def _choices(outputs: Arrays) -> np.ndarray | None:
     first = next(iter(outputs.values()), None)
     if first is None or not first.ndim:
         return None
-    each = first.reshape(len(first), -1)
+    each = first.reshape(len(first), math.prod(first.shape[1:]))
     if each.shape[1] > 1:
         return np.asarray(each.argmax(axis=1))
     return each[:, 0] if each.shape[1] and first.dtype.kind in "biu" else None

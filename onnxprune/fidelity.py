@@ -9,7 +9,7 @@ from typing import Any, overload
 
 import numpy as np
 import onnxruntime as ort
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from onnxprune.errors import OnnxPruneError
 from onnxprune.running import as_float32, first_line, session, widened, with_sizes
@@ -56,7 +56,10 @@ class OutputFidelity:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """A pruned model beside the original; outputs whose shapes differ between them are left out."""
+    """A pruned model beside the original; outputs whose shapes differ between them are left out.
+
+    samples: on so many at least one output was compared.
+    """
 
     samples: int
     outputs: tuple[OutputFidelity, ...]
@@ -103,20 +106,27 @@ class Turn:
     outputs: list[Feeds]
 
 
-def runs(models: Sequence[ModelProto], samples: Samples, batch: int) -> Iterator[Turn]:
-    """Every batch through every model; raises OnnxPruneError where there are no samples or one does not run on them."""
+def runs(models: Sequence[ModelProto], samples: Samples, batch: int, extras: bool = False) -> Iterator[Turn]:
+    """Every batch through every model, with what the source holds beside the inputs if that is asked for.
+
+    Raises OnnxPruneError where there are no samples or a model does not run on them.
+    """
     if not samples.count:
         raise OnnxPruneError(f"{samples.source}: has no samples to compare models on")
     sessions = [_open(model) for model in models]
     done = 0
-    for feeds, extras, count in samples.counted(batch):
+    drawn = samples.counted_pairs(batch) if extras else ((feeds, {}, count) for feeds, count in samples.counted(batch))
+    for feeds, beside, count in drawn:
         done += count
-        yield Turn(count, feeds, extras, [_run(s, feeds, samples.source) for s in sessions])
+        yield Turn(count, feeds, beside, [_run(s, feeds, samples.source) for s in sessions])
     if not done:
         raise OnnxPruneError(f"{samples.source}: no batch of {samples.at_once} samples is full; give more")
 
 
 def _open(model: ModelProto) -> ort.InferenceSession:
+    values = (*model.graph.input, *model.graph.output)
+    if any(v.type.tensor_type.elem_type == TensorProto.BFLOAT16 for v in values):  # which numpy has no type for
+        return session(as_float32(model), optimize=True)
     try:
         return session(model, optimize=True)
     except OnnxPruneError:  # no kernels in its types
@@ -171,11 +181,9 @@ class Tally:
             if self._constants.issuperset(node.input) and not any(subgraphs(node)):
                 self._constants.update(node.output)
         self._sums: dict[str, _Sums] = {}
-        self._samples = 0
 
     def add(self, before: Arrays, after: Arrays, count: int) -> None:
         """Outputs of `count` samples; those of other shapes, and what is no number, are left out."""
-        self._samples += count
         for name, a in before.items():
             b = after.get(name)
             if b is None or a.shape != b.shape or a.dtype.kind not in "biuf" or not a.size:
@@ -206,7 +214,7 @@ class Tally:
                 sqnr = float(10 * np.log10(ratio)) if sums.noise else math.inf
             kl = max(sums.kl / sums.rows, 0.0) if sums.kind in ("logits", "probabilities") else None
             found.append(OutputFidelity(name, sums.samples, agreement, sums.cosine / sums.samples, kl, sqnr, alike))
-        return Fidelity(self._samples, tuple(found))
+        return Fidelity(max((output.samples for output in found), default=0), tuple(found))
 
     def _kind(self, name: str, a: np.ndarray) -> str:
         """What an output seems to hold, along its last axis.

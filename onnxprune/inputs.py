@@ -163,6 +163,8 @@ def fitted(entry: Input, array: np.ndarray, where: str) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         cast = np.asarray(array, entry.dtype)
         kept = np.isfinite(cast).all() if array.dtype.kind == "f" else np.array_equal(cast.astype(array.dtype), array)
+        if kept and array.dtype.kind in "iu" and cast.dtype.kind in "iu":  # of one width, there and back wraps round twice
+            kept = np.array_equal(cast < 0, array < 0)
     if not kept:
         raise OnnxPruneError(f"{what} holds numbers that {entry.dtype} does not; the model takes {entry}")
     return cast

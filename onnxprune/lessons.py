@@ -9,7 +9,7 @@ reads them, their rows are weighted as in `emphasis`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -155,10 +155,16 @@ def _moderate(tensor: TensorProto) -> bool:
     return bool(np.isfinite(array).all() and np.abs(array).max(initial=0) < MASKING)
 
 
-def with_initializers(proto: ModelProto) -> ModelProto:
-    """A float32 copy whose constant tensors are all initializers, and none of them an input that may be given instead."""
+def with_initializers(proto: ModelProto, given: Collection[str] = ()) -> ModelProto:
+    """A float32 copy whose constant tensors are all initializers, and none of them an input that may be given instead.
+
+    given: those that are given instead; they are inputs alone.
+    """
     copy = as_float32(proto)
     del copy.graph.value_info[:]
+    for i in reversed(range(len(copy.graph.initializer))):
+        if copy.graph.initializer[i].name in given:
+            del copy.graph.initializer[i]
     stored = {t.name for t in copy.graph.initializer}
     for i in reversed(range(len(copy.graph.input))):
         if copy.graph.input[i].name in stored:
@@ -224,7 +230,7 @@ class Lesson:
             weighed = missed * counts
             loss += share * float(np.sum(missed * weighed, dtype=np.float64))
             if target.name in self.graph.starts:
-                given[self.graph.starts[target.name]] = (2 * share * weighed).astype(np.float32)
+                given[self.graph.starts[target.name]] = np.asarray(2 * share * weighed, np.float32)
         try:
             found = self.back.run(list(self.graph.weights.values()), given)
         except Exception as error:
@@ -269,7 +275,7 @@ def lesson(plan: Plan, pruned: ModelProto, weights: Arrays, some: Sequence[Array
         again = Forward(pruned, made, weights).run(feeds, weights)
         steady = {name: array for name, array in steady.items() if np.array_equal(array, again.get(name, array))}
     steady |= {name: array for name, array in constants.items() if array.size <= SMALL}
-    wanted = [target for target in targets(plan, pruned) if target.name in floats]
+    wanted = [target for target in targets(plan, pruned) if target.name in floats and 0 not in shapes[target.name]]
     graph = backward(pruned, [target.name for target in wanted], list(weights), shapes, steady, floats, kinds)
     if not graph.weights:
         return None

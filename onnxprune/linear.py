@@ -228,6 +228,8 @@ class Geometry:
         spatial = out[2:]
         at = np.unravel_index(places, spatial)
         size, channels = x.shape[0], x.shape[1]
+        if not size:
+            return np.zeros((self.group, 0, channels // self.group * math.prod(kernel)), x.dtype)
         picked: list[np.ndarray] = []
         valid = np.ones((len(places), *([1] * len(spatial))), bool)
         before = self.before(x.shape[2:], spatial, kernel)
@@ -256,7 +258,7 @@ class Geometry:
         """What the layer makes at these places, (groups, rows, out)."""
         if self.op not in CONVOLUTIONS:
             return np.asarray(self._flat(y)[places][None])
-        flat = y.reshape(y.shape[0], self.group, y.shape[1] // self.group, -1)[..., places]
+        flat = y.reshape(y.shape[0], self.group, y.shape[1] // self.group, math.prod(y.shape[2:]))[..., places]
         return np.asarray(flat.transpose(1, 0, 3, 2).reshape(self.group, -1, y.shape[1] // self.group))
 
     def out(self, x: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...]:
@@ -287,7 +289,7 @@ class Geometry:
         """Places, ascending, for about `many` rows of a batch; of sequences those that a mask among the feeds does not turn off."""
         count = self.places(out)
         if self.op in CONVOLUTIONS:
-            many = max(1, -(-many // out[0]))
+            many = max(1, -(-many // max(1, out[0])))
         else:
             found = live(feeds, out, count)
             if found is not None:

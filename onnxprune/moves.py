@@ -91,4 +91,4 @@ class Moves:
         return array
 
     def arrays(self, values: Arrays) -> dict[str, np.ndarray]:
-        return {name: self.array(name, np.asarray(value)) for name, value in values.items()}
+        return {name: value if isinstance(value, list) else self.array(name, np.asarray(value)) for name, value in values.items()}

@@ -87,6 +87,10 @@ def reconstruct(
     out.CopyFrom(pruned)
     widths = Widths(plan.grouping, plan.remove)
     sizes = [max((len(v) for v in feeds.values() if np.ndim(v)), default=1) for feeds in batches()]
+    if not sizes:
+        if progress:
+            progress("the layers stay as they are: no batch is full; give more samples, or those of one size one after another")
+        return out, []
     passes, hurried = stages(plan.grouping.model, find(plan, out), sum(sizes), anew=after is not None)
     waiting = narrowed(plan, out) if matched is not None else []
     report: list[Refit] = []
@@ -145,6 +149,8 @@ def _observe(
         now, then = mine(number, feeds), original(number, feeds)
         for position, (seat, weight) in enumerate(zip(stage, weights, strict=True)):
             goal = original_goal(widths, seat, then[seat.goal])
+            if not _side_by_side(seat, weight.shape, now, goal.shape):
+                continue
             many = max(ROWS, 16 * found[position].seen.x.shape[1]) // total
             places = seat.shape.choose(goal.shape, many, feeds, np.random.default_rng([position, number]))
             kernel = weight.shape[2:] if seat.shape.op in CONVOLUTIONS else ()
@@ -155,6 +161,13 @@ def _observe(
     return [each.done() for each in found]
 
 
+def _side_by_side(seat: Seat, weight: tuple[int, ...], now: Arrays, goal: tuple[int, ...]) -> bool:
+    """Whether a layer of the pruned model has the places of the original's, and any: how many may depend on what was computed before."""
+    read, count = np.shape(now[seat.source]), math.prod(goal)
+    same = read[0] == goal[0] if seat.shape.op in CONVOLUTIONS else math.prod(seat.shape.out(read, weight)) == count
+    return count > 0 and same and (not seat.other or np.size(now[seat.other]) == count)
+
+
 def _fit(proto: ModelProto, seat: Seat, observed: Observed, solve: Solve) -> Fit:
     """Fit one layer, and write what was found into the model."""
     tensors = tensors_of(proto)
@@ -162,7 +175,7 @@ def _fit(proto: ModelProto, seat: Seat, observed: Observed, solve: Solve) -> Fit
     matrix = seat.shape.matrix(weight)
     groups, wide, _ = matrix.shape
     bias = bias_of(proto, seat, groups * wide).reshape(groups, wide)
-    if not (observed.seen.finite and observed.held.finite):
+    if not (observed.seen.count + observed.held.count and observed.seen.finite and observed.held.finite):
         return Fit(matrix, bias, np.inf, np.nan, np.nan)
     found = solve(observed, matrix, bias, seat.layer.takes_bias)
     with np.errstate(over="ignore"):

@@ -18,7 +18,7 @@ from onnxprune.capture import Tap
 from onnxprune.emphasis import emphasis
 from onnxprune.errors import OnnxPruneError
 from onnxprune.gaussnewton import ITERATIONS, STEPS, Batch, Factor, Pair, Weights, factor, refined
-from onnxprune.linear import CONVOLUTIONS, made_by
+from onnxprune.linear import CONVOLUTIONS, RECURRENT, made_by
 from onnxprune.operators import operator
 from onnxprune.plans import Plan
 from onnxprune.reconstruction import Batches, Refit
@@ -87,6 +87,8 @@ def couples(plan: Plan, pruned: ModelProto) -> list[Couple]:
 
 def _one_kind(first: Seat, second: Seat) -> bool:
     if (first.layer.op in CONVOLUTIONS) != (second.layer.op in CONVOLUTIONS):
+        return False
+    if second.layer.op in RECURRENT:  # what its gates are to make is no value of the original
         return False
     return not (first.shape.left or second.shape.left)
 
@@ -219,7 +221,8 @@ def _activation(proto: ModelProto, couple: Couple) -> Callable[[np.ndarray], np.
 
 def _gather(plan: Plan, proto: ModelProto, couple: Couple, widths: Widths, batches: Batches, work: float) -> list[Batch]:
     """What the pair reads and should make, of as many samples (of sequences: rows) as there is room and time for."""
-    first, second = couple.first, couple.second
+    first, second, tensors = couple.first, couple.second, tensors_of(proto)
+    shapes = [tuple(tensors[seat.weight].dims) for seat in (first, second)]
     mine = Tap(proto, [name for name in (first.source, second.other) if name])
     original = Tap(plan.grouping.model.proto, [second.goal])
     total = sum(1 for _ in batches())
@@ -230,6 +233,9 @@ def _gather(plan: Plan, proto: ModelProto, couple: Couple, widths: Widths, batch
             continue
         now, then = mine.run(feeds), original.run(feeds)
         wanted = widths.cut(second.goal, then[second.goal])
+        made = second.shape.out(first.shape.out(np.shape(now[first.source]), shapes[0]), shapes[1])
+        if made != wanted.shape or not wanted.size:  # other places than the original's, by what was computed before
+            continue
         arrays = [now[first.source], wanted, *([now[second.other]] if second.other else [])]
         if not most:
             room = _room(proto, couple, arrays[0].shape, wanted.shape, work)

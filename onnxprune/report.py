@@ -309,7 +309,8 @@ def show_compensation(console: Console, result: Result) -> None:
     console.print(f"compensation: {options.get('compensation')}{layers}; {near}")
     titles = _fidelity_titles(console)
     table = table_of(("output", "left"), *((title, "right") for title in titles))
-    for old, new in zip(before.outputs, after.outputs, strict=True):
+    without = {output.output: output for output in before.outputs}
+    for old, new in ((without[new.output], new) for new in after.outputs if new.output in without):  # compared in both
         pairs_of = [(getattr(old, field), getattr(new, field), form) for field, form in map(FIDELITY.__getitem__, titles)]
         row = ["–" if a is None or b is None else f"{_figure(a, form)} → [bold]{_figure(b, form)}[/]" for a, b, form in pairs_of]
         table.add_row(escape(new.output), *row)

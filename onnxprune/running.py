@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from zlib import crc32
 
 import numpy as np
@@ -266,7 +266,15 @@ def distance(left: Arrays, right: Arrays) -> float:
     Integers are not compared (a tie may fall either way); shapes that differ, and non-finite numbers in different places,
     are infinitely far.
     """
-    return max((_gap(np.asarray(left[k]), np.asarray(right[k])) for k in left if k in right), default=0.0)
+    return max((_apart(left[k], right[k]) for k in left if k in right), default=0.0)
+
+
+def _apart(left: Any, right: Any) -> float:
+    """Of arrays, or of sequences of arrays."""
+    if isinstance(left, list) and isinstance(right, list):
+        pairs = zip(left, right, strict=False)
+        return max((_apart(a, b) for a, b in pairs), default=0.0) if len(left) == len(right) else float("inf")
+    return _gap(np.asarray(left), np.asarray(right))
 
 
 def _gap(a: np.ndarray, b: np.ndarray) -> float:

@@ -11,7 +11,7 @@ readers' outputs that is lost, so that they compare between groups:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -144,11 +144,19 @@ def distorted(evidence: Evidence, group: Group, rng: np.random.Generator) -> np.
 
     def outputs(changed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         runs = [runner.run(one, changed) for one in feeds]
-        return {name: np.concatenate([np.atleast_1d(run[name]) for run in runs]) for name in model.outputs}
+        return {name: _together([run[name] for run in runs]) for name in model.outputs}
 
     before = outputs({})
     without = (zeroed(arrays, [group], {group.id: np.array([unit])}, summing) for unit in range(group.units))
     return np.array([distortion(before, outputs(changed)) for changed in without])
+
+
+def _together(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The batches of an output below each other; all numbers in a row where they are of several sizes, or sequences."""
+    arrays = [np.atleast_1d(one) for part in parts for one in (part if isinstance(part, list) else [part])]
+    if len({array.shape[1:] for array in arrays}) == 1:
+        return np.concatenate(arrays)
+    return np.concatenate([array.ravel() for array in arrays])
 
 
 @measured("energy")

@@ -93,13 +93,17 @@ class Samples:
 
     def batches(self, size: int) -> Iterator[Feeds]:
         """{input: array (size, …)}, the last of them smaller; of the model's own size where that is fixed, a rest left out."""
-        return (feeds for feeds, _, _ in self._joined(size, lambda piece, place: {}))
+        return (feeds for feeds, _ in self.counted(size))
+
+    def counted(self, size: int) -> Iterator[tuple[Feeds, int]]:
+        """The same, each with the number of samples."""
+        return ((feeds, count) for feeds, _, count in self._joined(size, lambda piece, place: {}))
 
     def pairs(self, size: int) -> Iterator[tuple[Feeds, Feeds]]:
         """The same, each beside what the source holds for these samples that is no input, such as `labels`."""
-        return ((feeds, extras) for feeds, extras, _ in self._joined(size, Piece.beside))
+        return ((feeds, extras) for feeds, extras, _ in self.counted_pairs(size))
 
-    def counted(self, size: int) -> Iterator[tuple[Feeds, Feeds, int]]:
+    def counted_pairs(self, size: int) -> Iterator[tuple[Feeds, Feeds, int]]:
         """The same again, with the number of samples."""
         return self._joined(size, Piece.beside)
 

@@ -19,7 +19,7 @@ from onnxprune.masking import summed
 from onnxprune.plans import Plan
 from onnxprune.recurrences import recurrences
 from onnxprune.rewriter import Widths
-from onnxprune.scopes import captured
+from onnxprune.scopes import all_graphs, captured, declared
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def all_seats(plan: Plan, pruned: ModelProto) -> list[Seat]:
         made_here = [name for name in node.output if name]
         old = originally.get(made_here[0]) if made_here else None
         fresh = old is None or list(old.input) != list(node.input)
-        if fresh or changed.intersection(node.input):
+        if fresh or changed.intersection(node.input) or changed & captured(node):
             changed.update(made_here)
     found = []
     for layer in sorted((*linears(model), *recurrences(model)), key=lambda layer: layer.node):
@@ -147,19 +147,20 @@ def unknown_readers(plan: Plan) -> list[NodeProto]:
         if node.input and constants.issuperset(name for name in node.input if name):
             constants.update(node.output if node.op_type != "DequantizeLinear" else ())  # fitted in floats
         elif id(node) not in known and constants.intersection(node.input[:2]):
-            found += [node] if any(widths.mask(axis) is not None for axis in (*summed(node, model), *_letters(node))) else []
+            found += [node] if any(widths.mask(axis) is not None for axis in (*summed(node, model), *_letters(node, model))) else []
     return found
 
 
-def _letters(node: NodeProto) -> list[tuple[str, int]]:
-    """The axes that an Einsum sums over, where its equation names them all."""
+def _letters(node: NodeProto, model: Model) -> list[tuple[str, int]]:
+    """The axes that an Einsum sums over, where its equation says what it makes; behind "..." counted from the last."""
     equation = str(attributes(node).get("equation", "") if node.op_type == "Einsum" else "").replace(" ", "")
     terms, arrow, out = equation.partition("->")
-    if not arrow or "." in equation:
-        return []
-    return [
-        (name, axis) for name, term in zip(node.input, terms.split(","), strict=True) for axis, one in enumerate(term) if one not in out
-    ]
+    found = []
+    for name, term in zip(node.input, terms.split(","), strict=True) if arrow else ():
+        first, _, last = term.partition("...")
+        found += [(name, axis) for axis, one in enumerate(first) if one not in out]
+        found += [(name, len(model.shapes[name]) - 1 - axis) for axis, one in enumerate(last[::-1]) if one not in out]
+    return found
 
 
 def outputs_left(widths: Widths, seat: Seat) -> np.ndarray | None:
@@ -227,7 +228,7 @@ def give_bias(proto: ModelProto, seat: Seat, bias: np.ndarray) -> None:
     if now and all(readers[name] == 1 for name in names):
         write(tensors[names[-1]], bias.astype(held.dtype))
         return
-    taken = {*tensors, *made_by(proto.graph.node), *(v.name for v in proto.graph.input)}
+    taken = set[str]().union(*(declared(graph) for graph in all_graphs(proto.graph)))
     name = next(n for i in range(len(taken) + 1) if (n := f"{seat.weight}_bias{i or ''}") not in taken)
     given = numpy_helper.from_array(bias.astype(_read_as(proto, names, held)), name)
     proto.graph.initializer.append(given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -120,6 +121,8 @@ def check_model(bench: Bench, pruned: ModelProto, moves: Moves | None = None, re
     if old != new:
         raise OnnxPruneError("the pruned model has other inputs or outputs", 4)
     for name, array in bench.reference.items():
+        if isinstance(array, list) and isinstance(outputs.get(name), list):  # a sequence
+            continue
         ours = np.asarray(outputs[name]) if name in outputs else None
         if ours is None or ours.ndim != np.ndim(array):
             raise OnnxPruneError(f"the pruned model's output '{name}' has another shape", 4)
@@ -177,6 +180,11 @@ def _has_halves(proto: ModelProto) -> bool:
     return any(t.data_type in FLOATS and t.data_type != FLOATS[0] for t in proto.graph.initializer)
 
 
+def _of_floats(value: Any) -> bool:
+    """Whether an array, or one of a sequence, holds floating-point numbers."""
+    return any(map(_of_floats, value)) if isinstance(value, list) else np.asarray(value).dtype.kind == "f"
+
+
 def _pruned(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remove) -> tuple[ModelProto, float | None, float | None]:
     """The model without the units of some groups, the gap to pruning after a permutation, and how far the outputs moved.
 
@@ -187,7 +195,7 @@ def _pruned(bench: Bench, grouping: Grouping, losing: list[Group], remove: Remov
     narrow = Moves(grouping, after=gone)
     widths = Widths(grouping, gone)
     outputs = check_model(bench, pruned, narrow, bench.opened(pruned, widths))
-    floats = {name: array for name, array in narrow.arrays(bench.reference).items() if array.dtype.kind == "f" and name in outputs}
+    floats = {name: array for name, array in narrow.arrays(bench.reference).items() if _of_floats(array) and name in outputs}
     moved = distance(floats, outputs) if floats else None
     if all(g.branch is not None for g in losing):  # a branch is one unit, which has nowhere else to go
         return pruned, None, moved
