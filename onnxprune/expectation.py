@@ -74,7 +74,8 @@ def expected(grouping: Grouping) -> Evidence:
             continue
         places = {g.id: f for g in grouping.groups if g.branch is None and (f := features(layer, shape, weight, g)) is not None}
         near = _near(weight.shape[2:] if layer.op in CONVOLUTIONS else ())
-        if len(field.mean) * len(near) != matrix.shape[2]:
+        axis = _channels(model, model.main[layer.node], layer)
+        if field.axis != axis or len(field.mean) * len(near) != matrix.shape[2]:
             continue
         covariance = np.kron(field.covariance, near)
         mean = np.repeat(field.mean, len(near))
@@ -96,21 +97,41 @@ def expect(model: Model) -> dict[str, Field]:
     layers = {layer.node: layer for layer in linears(model)}
     aliases = {n.output[0]: n.input[0] for n in model.main if n.op_type == "Identity" and n.input[0] in model.tensors}
     constants = _Constants(model, aliases)
-    fields = {name: start(shape) for name, shape in model.input_shapes.items() if len(shape) > 1}
-    guessed = set[str]()  # which axis the channels are is supposed by the rank alone
+    fields = dict[str, Field]()
+    guessed, supposed = set[str](), set[str]()  # begun from, no inputs; inputs and what is made of them: both with channels by rank alone
     for index, node in enumerate(model.main):
+        axis = _channels(model, node, layers.get(index))
         for name in node.input:
-            known = name in fields or name in constants or name in model.folded
-            if name and not known and len(model.shapes.get(name, ())) > 1:
-                fields[name] = start(model.shapes[name])
-                guessed.add(name)
+            shape = model.shapes.get(name, ())
+            if not name or name in constants or name in model.folded or len(shape) < 2:
+                continue
+            mine = axis if name == (layers[index].source if index in layers else node.input[0]) else None
+            if name not in fields:
+                (supposed if name in model.input_shapes else guessed).add(name)
+            elif mine is None or fields[name].axis == mine:
+                continue
+            tells = mine is not None and (name in supposed or (name in guessed and node.op_type in CONVOLUTIONS))
+            begun = start(shape, mine if tells else None) if tells or name not in fields else None
+            if begun is not None:
+                fields[name] = begun
         if node.op_type == "Transpose" and node.input[0] in guessed:
             continue
         made = _linear(model, layers[index], fields) if index in layers else _through(model, constants, node, fields)
         shape = model.shapes.get(node.output[0], ()) if node.output else ()
         if made is not None and made.axis < len(shape) and shape[made.axis] == len(made.mean):
             fields[node.output[0]] = made
+            if axis is None and supposed.issuperset(name for name in node.input if name in fields):
+                supposed.add(node.output[0])
     return fields
+
+
+def _channels(model: Model, node: NodeProto, layer: Linear | None) -> int | None:
+    """Which axis of what a layer or a norm reads holds the channels; None for other nodes."""
+    rank = len(model.shapes.get(layer.source if layer else node.input[0] if node.input else "", ()))
+    if layer is not None:
+        left = layer.geometry(model.main[layer.node], len(model.tensors[layer.weight].dims)).left
+        return 1 if layer.op in CONVOLUTIONS else rank - (2 if left else 1)
+    return {"BatchNormalization": 1, "LayerNormalization": rank - 1}.get(node.op_type)
 
 
 @dataclass(frozen=True)
@@ -127,10 +148,13 @@ class _Constants:
         return np.asarray(self.model.array(self.aliases.get(name, name)), np.float64)
 
 
-def start(shape: tuple[int, ...]) -> Field:
-    """Standard normal; colours go together."""
-    axis = 1 if len(shape) > 3 or len(shape) == 2 else len(shape) - 1
+def start(shape: tuple[int, ...], axis: int | None = None) -> Field | None:
+    """Standard normal, where the channels are not too many; colours go together.  axis: of the channels, or supposed by the rank."""
+    if axis is None:
+        axis = 1 if len(shape) > 3 or len(shape) == 2 else len(shape) - 1
     channels = shape[axis]
+    if channels > WIDEST:
+        return None
     together = COLOURS if len(shape) == 4 and channels <= 4 else 0.0
     return Field(axis, np.zeros(channels), (1 - together) * np.eye(channels) + together)
 
@@ -158,7 +182,7 @@ def _linear(model: Model, layer: Linear, fields: Mapping[str, Field]) -> Field |
     matrix = shape.matrix(weight)
     groups, wide, _ = matrix.shape
     taps = matrix.reshape(groups, wide, -1, len(near))
-    if taps.shape[2] * groups != len(field.mean):
+    if taps.shape[2] * groups != len(field.mean) or groups * wide > WIDEST:
         return None
     covariance = _depthwise(taps, near, field) if groups > 1 and taps.shape[2] == 1 else _grouped(taps, near, field)
     mean = np.einsum("goct,gc->go", taps, field.mean.reshape(groups, -1)).ravel()
@@ -223,10 +247,26 @@ def _through(model: Model, constants: _Constants, node: NodeProto, fields: Mappi
             at += len(part.mean)
         return Field(first.axis, np.concatenate([p.mean for p in parts]), whole, all(p.sure for p in parts))
     if op == "Pad":
-        before = (model.shapes[node.output[0]][first.axis] - len(first.mean)) // 2
-        sides = (before, model.shapes[node.output[0]][first.axis] - len(first.mean) - before)
+        sides = _padded(model, constants, node, first.axis)
+        if sides is None or min(sides) < 0:
+            return None
         return replace(first, mean=np.pad(first.mean, sides), covariance=np.pad(first.covariance, (sides, sides)))
     return None
+
+
+def _padded(model: Model, constants: _Constants, node: NodeProto, axis: int) -> tuple[int, int] | None:
+    """How many channels a Pad puts in front and behind; None where that is not known."""
+    rank, given = len(model.shapes[node.input[0]]), attributes(node).get("pads")
+    axes = list(range(rank))
+    if given is None and len(node.input) > 1 and node.input[1] in constants:
+        given = constants[node.input[1]].astype(int).ravel().tolist()
+    if len(node.input) > 3 and node.input[3]:
+        if node.input[3] not in constants:
+            return None
+        axes = [int(one) % rank for one in constants[node.input[3]].ravel()]
+    if given is None or len(given) != 2 * len(axes):
+        return None
+    return (given[axes.index(axis)], given[axes.index(axis) + len(axes)]) if axis in axes else (0, 0)
 
 
 def _reduced(model: Model, constants: _Constants, node: NodeProto, field: Field) -> Field | None:

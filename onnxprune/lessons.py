@@ -24,7 +24,7 @@ from onnxprune.errors import OnnxPruneError
 from onnxprune.folding import attributes
 from onnxprune.gradients import Backward, backward
 from onnxprune.importer import FLOATS
-from onnxprune.linear import RECURRENT, live, made_by
+from onnxprune.linear import CONVOLUTIONS, RECURRENT, live, made_by
 from onnxprune.plans import Plan
 from onnxprune.recall import Recall
 from onnxprune.rewriter import Widths
@@ -51,31 +51,40 @@ BESIDE = ("Add", "Mul", "Sub")  # of their constants those with one number a cha
 
 @dataclass(frozen=True)
 class Target:
-    """A value of both models; share: of the loss; final: an output, or its logits; normed: a norm reads it."""
+    """A value of both models; share: of the loss; final: an output, or its logits; normed: the axis that a norm is over which reads it."""
 
     name: str
     share: float
     final: bool = False
-    normed: bool = False
+    normed: int | None = None
+    logits: bool = False
+
+    def counted(self, goal: np.ndarray) -> np.ndarray:
+        """What is to be made, with 0 for what is no number, and for logits that are so far off that they mask a class."""
+        off = ~np.isfinite(goal)
+        if self.logits:
+            off |= np.abs(goal) >= MASKING
+        return np.where(off, np.float32(0), goal) if off.any() else goal
 
 
 def targets(plan: Plan, pruned: ModelProto) -> list[Target]:
     """The outputs, or the logits behind them, and what residual Adds make."""
     made, originally = made_by(pruned.graph.node), made_by(plan.grouping.model.main)
-    outputs, constants = [], tensors_of(pruned)
+    outputs, logits, constants = list[str](), set[str](), tensors_of(pruned)
     for value in pruned.graph.output:
         if value.name in constants or value.type.tensor_type.elem_type not in (*FLOATS, TensorProto.UNDEFINED):
             continue
         node, old = made.get(value.name), originally.get(value.name)
         last = node is not None and old is not None and node.op_type in LAST and list(node.input) == list(old.input)
         outputs.append(node.input[0] if last and node is not None else value.name)
+        logits.update(outputs[-1:] if last else ())
     streams = {
-        seat.layer.added[0]: seat.layer.normed
+        seat.layer.added[0]: (1 if seat.layer.op in CONVOLUTIONS else -1) if seat.layer.normed else None
         for seat in all_seats(plan, pruned)
         if seat.layer.added is not None and seat.layer.added[0] in made and seat.layer.added[0] not in outputs
     }
     return [
-        *(Target(name, 1 / len(outputs), final=True) for name in dict.fromkeys(outputs)),
+        *(Target(name, 1 / len(outputs), final=True, logits=name in logits) for name in dict.fromkeys(outputs)),
         *(Target(name, HIDDEN / len(streams), normed=normed) for name, normed in streams.items()),
     ]
 
@@ -251,7 +260,9 @@ class Lesson:
         for target in self.wanted:
             goal = self.widths.cut(target.name, then[target.name])
             _check_sizes(target.name, goal.shape, now[target.name].shape)
-            yield target, now[target.name] - goal, _counts(target, goal, feeds)
+            counted = target.counted(goal)
+            missed = now[target.name] - goal
+            yield target, missed if counted is goal else np.where(counted == goal, missed, np.float32(0)), _counts(target, counted, feeds)
 
 
 def lesson(plan: Plan, pruned: ModelProto, weights: Arrays, some: Sequence[Arrays]) -> Lesson | None:
@@ -285,12 +296,12 @@ def lesson(plan: Plan, pruned: ModelProto, weights: Arrays, some: Sequence[Array
     middles: dict[str, np.ndarray] = {}
     for then in (original.run(feeds) for feeds in some):
         for target in wanted:
-            goal = widths.cut(target.name, then[target.name])
+            goal = target.counted(widths.cut(target.name, then[target.name]))
             _check_sizes(target.name, goal.shape, shapes[target.name])
             middles[target.name] = middles.get(target.name, np.float32(0)) + _middle(goal) / len(some)
     for feeds, then in ((feeds, original.run(feeds)) for feeds in some):
         for target in wanted:
-            goal = widths.cut(target.name, then[target.name])
+            goal = target.counted(widths.cut(target.name, then[target.name]))
             apart = goal.ndim > 0 and len(goal) > 1  # samples of one batch
             middle = _middle(goal) if apart else middles[target.name] if len(some) > 1 else goal.mean()
             spreads[target.name] += _spread(goal, middle, _counts(target, goal, feeds)) / len(some)
@@ -309,10 +320,10 @@ def _free(proto: ModelProto) -> set[str]:
 
 def _counts(target: Target, goal: np.ndarray, feeds: Arrays) -> np.ndarray:
     """How much each position of a target counts: of sequences those that a mask leaves on."""
-    if not target.normed:
+    if target.normed is None:
         return np.ones((1,) * goal.ndim, np.float32)
-    counts = emphasis(goal, (goal.ndim - 1,))
-    on = live(feeds, goal.shape, counts.size)
+    counts = emphasis(goal, (target.normed % goal.ndim,))
+    on = live(feeds, goal.shape, counts.size) if target.normed == -1 else None
     if on is not None:
         kept = np.zeros(counts.size, np.float32)
         kept[on] = 1

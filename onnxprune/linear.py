@@ -18,6 +18,7 @@ from onnx import NodeProto, TensorProto
 from onnxprune.emphasis import normed
 from onnxprune.folding import attributes
 from onnxprune.importer import FLOATS, Model
+from onnxprune.padding import kept_places
 from onnxprune.running import Arrays
 from onnxprune.scopes import captured
 
@@ -89,7 +90,8 @@ def linears(model: Model) -> list[Linear]:
                 layer = replace(layer, added=(add.output[0], other))
         goal = layer.added[0] if layer.added else layer.output
         axis = 1 if layer.op in CONVOLUTIONS else len(model.shapes[goal]) - 1
-        found.append(replace(layer, normed=normed(model, readers, goal, axis)))
+        left = layer.op == "MatMul" and node.input[0] == layer.operand  # its channels are not those that a norm is over
+        found.append(replace(layer, normed=not left and normed(model, readers, goal, axis)))
     return found
 
 
@@ -349,13 +351,9 @@ def geometry(node: NodeProto, operand: str, rank: int, turned: bool = False) -> 
 
 
 def live(feeds: Arrays, out: tuple[int, ...], count: int) -> np.ndarray | None:
-    """The places of (batch, sequence) that an input of zeros and ones named a mask leaves on; None where there is no such input."""
-    for name, array in feeds.items():
-        if "mask" not in name.lower() or array.ndim != 2 or array.size != count or out[0] not in (array.shape[0], count):
-            continue
-        if np.isin(array, (0, 1)).all() and array.any():
-            return np.flatnonzero(array.ravel())
-    return None
+    """The places, `count` of them, of (batch, sequence) that a mask among the feeds leaves on; None where there is none."""
+    kept = kept_places(feeds, lambda shape: math.prod(shape) == count and out[0] in (shape[0], count))
+    return None if kept is None else np.flatnonzero(kept.ravel())
 
 
 def made_by(nodes: Iterable[NodeProto]) -> dict[str, NodeProto]:

@@ -175,9 +175,11 @@ class _Problem:
         kept = slice(0, None, -(-len(heads) // most) | 1)  # odd, so that no head is left out
         first, second = (np.ascontiguousarray(one[i][kept], np.float32) for i in (mine, 1 - mine))
         goal, other = (np.ascontiguousarray(two[i][kept], np.float32) for i in (mine, 1 - mine))
+        good = np.logical_and.reduce([np.isfinite(side).all(axis=(1, 2)) for side in (first, second, goal, other)])
+        first, second, goal, other, owners = (side[good] for side in (first, second, goal, other, heads[kept]))
         cross = (first.transpose(0, 2, 1) @ goal) @ (other.transpose(0, 2, 1) @ second)
         power = np.einsum("pab,pab->p", goal.transpose(0, 2, 1) @ goal, other.transpose(0, 2, 1) @ other, dtype=np.float64)
-        part = (heads[kept], first.transpose(0, 2, 1) @ first, second.transpose(0, 2, 1) @ second, cross, power)
+        part = (owners, first.transpose(0, 2, 1) @ first, second.transpose(0, 2, 1) @ second, cross, power)
         (self.held if held else self.seen).append(part)
 
     def solve(self) -> tuple[np.ndarray, Matched]:

@@ -147,6 +147,9 @@ class Observed:
 
     def add(self, rows: np.ndarray, wanted: np.ndarray, beside: np.ndarray, held: bool, batches: int) -> None:
         """A batch of `batches`: what is wanted less what is beside it is the layer's target.  `done` after the last one."""
+        if not all(np.isfinite(np.sum(array)) for array in (rows, wanted, beside)):
+            good = np.logical_and.reduce([np.isfinite(array).all(axis=(0, 2)) for array in (rows, wanted, beside)])
+            rows, wanted, beside = (array[:, good] for array in (rows, wanted, beside))
         mine = self.gathering.setdefault(held, Gathering(self.held if held else self.seen))
         mine.add(rows, wanted - beside, emphasis(wanted) if self.normed else None)
         if self.bounds is not None:

@@ -17,6 +17,7 @@ from onnxprune import layouts
 from onnxprune.folding import attributes
 from onnxprune.grouping import Group, Grouping
 from onnxprune.importer import Model
+from onnxprune.padding import kept_places
 from onnxprune.running import Arrays
 
 
@@ -112,6 +113,7 @@ class Terms:
         lead = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
         heads = lead[-1] if len(lead) > 1 else 1
         inner = (one.transpose(0, 2, 1) @ one) * (other.transpose(0, 2, 1) @ other)
+        inner = np.where(np.isfinite(inner).all(axis=(1, 2), keepdims=True), inner, np.float32(0))  # a sample that gives no numbers
         summed = inner.reshape(-1, heads, *inner.shape[-2:]).sum(axis=0, dtype=np.float64)
         if self.gram is not None and self.gram.shape != summed.shape:  # heads that differ from batch to batch are no heads
             self.gram, summed = self.gram.sum(axis=0, keepdims=True), summed.sum(axis=0, keepdims=True)
@@ -130,11 +132,9 @@ def gathered(grouping: Grouping) -> list[Terms]:
 
 
 def _live(feeds: Arrays, lead: tuple[int, ...], length: int) -> np.ndarray | None:
-    """(batch, 1 …, length, 1) bool of the places that an input of zeros and ones named a mask leaves on."""
-    for name, array in feeds.items():
-        if "mask" in name.lower() and array.shape == (lead[0], length) and np.isin(array, (0, 1)).all() and array.any():
-            return np.asarray(array != 0).reshape(lead[0], *[1] * (len(lead) - 1), length, 1)
-    return None
+    """(batch, 1 …, length, 1) bool of the places that a mask among the feeds leaves on."""
+    kept = kept_places(feeds, lambda shape: shape == (lead[0], length))
+    return None if kept is None else kept.reshape(lead[0], *[1] * (len(lead) - 1), length, 1)
 
 
 def _is_logits(model: Model, value: str) -> bool:

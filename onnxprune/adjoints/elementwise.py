@@ -35,7 +35,7 @@ def _between(site: Site, x: Value, low: float, high: float) -> Value:
 slope("Tanh")(lambda site, x, y: 1 - y * y)
 slope("Sigmoid")(lambda site, x, y: y * (1 - y))
 slope("Exp")(lambda site, x, y: y)
-slope("Sqrt")(lambda site, x, y: site.tape.op("Reciprocal", y) * 0.5)
+slope("Sqrt")(lambda site, x, y: (site.tape.op("Reciprocal", y) * 0.5).where(site.tape.op("Greater", y, site.tape.constant(0.0))))
 slope("Reciprocal")(lambda site, x, y: -(y * y))
 slope("Log")(lambda site, x, y: site.tape.op("Reciprocal", x))
 slope("Abs")(lambda site, x, y: site.tape.op("Sign", x))
@@ -157,7 +157,10 @@ def power(site: Site) -> Sequence[Value | None]:
         raise NoRuleError
     n = float(exponent.ravel()[0])
     x = site.x[0]
-    return (site.g * (x if n == 2 else site.tape.op("Pow", x, site.tape.constant(n - 1))) * n,)
+    slope = x if n == 2 else site.tape.op("Pow", x, site.tape.constant(n - 1))
+    if n < 1:  # without bounds at 0, as that of Sqrt
+        slope = slope.where(site.tape.op("Not", site.tape.op("Equal", x, site.tape.constant(0.0))))
+    return (site.g * slope * n,)
 
 
 @adjoint("PRelu")
@@ -176,5 +179,7 @@ def where(site: Site) -> Sequence[Value | None]:
 
 @adjoint("Max", "Min")
 def extreme(site: Site) -> Sequence[Value | None]:
-    """To whichever of the inputs it was."""
-    return tuple(site.fit(i, site.g.where(site.tape.op("Equal", x, site.y[0]))) for i, x in enumerate(site.x))
+    """To whichever of the inputs it was, in equal parts where it was several."""
+    equal = [site.tape.op("Equal", x, site.y[0]) for x in site.x]
+    many = site.tape.op("Sum", *(_cast(each) for each in equal))
+    return tuple(site.fit(i, (site.g / many).where(each)) for i, each in enumerate(equal))

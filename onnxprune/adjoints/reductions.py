@@ -30,6 +30,14 @@ def _spread(site: Site, value: Value) -> Value:
     return site.tape.op("Expand", value, site.tape.integers(site.shape()))
 
 
+def _shared(site: Site, change: Value, extreme: Value, axes: Sequence[int]) -> Value:
+    """To the numbers of the first input that are the extreme along axes, in equal parts; all with these axes kept."""
+    tape = site.tape
+    equal = tape.op("Equal", site.x[0], extreme)
+    many = tape.op("Cast", equal, to=1).sum(axes)
+    return _spread(site, change / many).where(equal)
+
+
 @adjoint("ReduceSum")
 def reduce_sum(site: Site) -> Sequence[Value | None]:
     return (_spread(site, _kept(site, site.g)),)
@@ -43,7 +51,9 @@ def reduce_mean(site: Site) -> Sequence[Value | None]:
 
 @adjoint("ReduceL2")
 def reduce_l2(site: Site) -> Sequence[Value | None]:
-    return (site.x[0] * _kept(site, site.g / site.y[0]),)
+    """0 where all numbers are."""
+    some = site.tape.op("Greater", site.y[0], site.tape.constant(0.0))
+    return (site.x[0] * _kept(site, (site.g / site.y[0]).where(some)),)
 
 
 @adjoint("ReduceSumSquare")
@@ -53,8 +63,8 @@ def reduce_sum_square(site: Site) -> Sequence[Value | None]:
 
 @adjoint("ReduceMax", "ReduceMin")
 def reduce_extreme(site: Site) -> Sequence[Value | None]:
-    """To the numbers that are it."""
-    return (_spread(site, _kept(site, site.g)).where(site.tape.op("Equal", site.x[0], _kept(site, site.y[0]))),)
+    """To the numbers that are it, in equal parts where there are several."""
+    return (_shared(site, _kept(site, site.g), _kept(site, site.y[0]), _axes(site)),)
 
 
 @adjoint("GlobalAveragePool")
@@ -120,7 +130,8 @@ def max_pool(site: Site) -> Sequence[Value | None]:
 
 @adjoint("GlobalMaxPool")
 def global_max_pool(site: Site) -> Sequence[Value | None]:
-    return (_spread(site, site.g).where(site.tape.op("Equal", site.x[0], site.y[0])),)
+    """To the places that are the largest, in equal parts where there are several, as where a sequence is padded."""
+    return (_shared(site, site.g, site.y[0], list(range(2, len(site.shape())))),)
 
 
 def _scattered(site: Site, where: Value) -> Value:
