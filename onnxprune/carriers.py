@@ -125,11 +125,10 @@ def _probed(pruned: ModelProto, seat: Seat, width: int, values: Iterable[str], f
     probed.CopyFrom(pruned)
     nodes = probed.graph.node
     place = next(i for i, node in enumerate(nodes) if layer.output in node.output)
-    spare, numbers, zero, none = (f"{layer.output}:{word}" for word in ("made", "numbers", "zero", "none"))
+    spare, numbers, sizes = (f"{layer.output}:{word}" for word in ("made", "numbers", "sizes"))
     nodes[place].output[list(nodes[place].output).index(layer.output)] = spare
-    nodes.insert(place + 1, helper.make_node("Mul", [spare, zero], [none]))
-    nodes.insert(place + 2, helper.make_node("Add", [none, numbers], [layer.output]))
-    probed.graph.initializer.append(numpy_helper.from_array(np.zeros((), np.float32), zero))
+    nodes.insert(place + 1, helper.make_node("Shape", [spare], [sizes]))
+    nodes.insert(place + 2, helper.make_node("Expand", [numbers, sizes], [layer.output]))
     after = len(seat.shape.strides) if layer.op in CONVOLUTIONS else int(seat.shape.left)  # axes behind the channels
     shape = [width, *[1] * after]
     probed.graph.input.append(helper.make_tensor_value_info(numbers, TensorProto.FLOAT, shape))

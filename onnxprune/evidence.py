@@ -129,10 +129,13 @@ class _Sums:
         out = shape.out(x.shape, self.weight.shape)
         places = shape.choose(out, most, feeds, rng)
         kernel = self.weight.shape[2:] if self.layer.op in CONVOLUTIONS else ()
-        found, made = shape.rows(x, out, kernel, places), shape.targets(values[self.goal], places)
+        found, made, owners = shape.rows(x, out, kernel, places), shape.targets(values[self.goal], places), shape.owners(out, places)
+        if not (np.isfinite(np.sum(found)) and np.isfinite(np.sum(made))):
+            good = np.isfinite(found).all(axis=(0, 2)) & np.isfinite(made).all(axis=(0, 2))
+            found, made, owners = found[:, good], made[:, good], owners[good]
         weights = emphasis(made) if self.layer.normed else None
         self.rows.add(found, np.zeros((*found.shape[:2], 0), np.float32), weights)
-        self.sizes += _by_sample(found, shape.owners(out, places), out[0])
+        self.sizes += _by_sample(found, owners, out[0])
         made = made if weights is None else made * np.sqrt(weights)
         self.squares += float(np.einsum("gno,gno->", made, made, dtype=np.float64))
         self.seen += made.shape[1]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from conftest import MODELS
 from onnx import numpy_helper
 
 import onnxprune
@@ -16,7 +17,10 @@ from onnxprune.calibration import read_calibration
 from onnxprune.cautions import cautions
 from onnxprune.errors import OnnxPruneError
 from onnxprune.evaluation import evaluate
+from onnxprune.expectation import expect
 from onnxprune.importer import load
+from onnxprune.lessons import targets
+from onnxprune.running import session
 
 RNG = np.random.default_rng(0)
 COMPENSATIONS = ["mean", "update", "moments", "reconstruct", "refine", "distill"]
@@ -226,3 +230,138 @@ def test_the_dots_of_an_einsum_count(equation: str) -> None:
     first, second = numpy_helper.to_array(next(t for t in result.model.graph.initializer if t.name == "w2")).shape
     assert tuple(result.macs) == (6 * (8 * 24 + 24 * 24 + 24 * 4), 6 * (8 * first + first * second + second * 4))
     assert any("only cut" in line for line in cautions(result))
+
+
+# --- what has no gradient, and what is no number ---------------------------------------------------------------------
+
+
+def distilled(proto: onnx.ModelProto, feeds: Any) -> bool:
+    """Whether the whole round found something better on samples that were held out."""
+    said: list[str] = []
+    pruned(proto, feeds, criterion="l2", allocation="uniform", verify=False, progress=said.append)
+    return any(line.startswith("distilling") for line in said) and not any("not distilled" in line for line in said)
+
+
+@pytest.mark.parametrize("pool", ["GlobalMaxPool(r)", "ReduceMax<axes=[2]>(r)", "Max(r, rest)"])
+def test_places_that_tie_are_distilled(pool: str) -> None:
+    """Padded tokens are alike, so the largest of a channel is often several of them."""
+    many = "" if pool.startswith("Max") else "f = Flatten(g)"
+    body = f"""e = Gather(t, ids) x = Transpose<perm=[0,2,1]>(e) h = Conv(x, a, p) r = Relu(h) flip = Slice(r, last, least, axis, step)
+        rest = Identity(flip) g = {pool} {many} y = {"MatMul(turned, c)" if not many else "Gemm(f, c, q)"}"""
+    body = body.replace("y = MatMul", "turned = Transpose<perm=[0,2,1]>(g) y = MatMul")
+    out = "float[n,6,5] y" if not many else "float[n,5] y"
+    slices = {"last": np.array([-1]), "least": np.array([-9]), "axis": np.array([2]), "step": np.array([-1])}
+    tensors = {"t": weights(20, 8) * 4, "a": weights(24, 8, 1), "p": weights(24), "c": weights(24, 5), "q": weights(5)} | slices
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 20, (256, 6))
+    ids[np.arange(6) >= rng.integers(1, 6, 256)[:, None]] = 0
+    assert distilled(model(f"g (int64[n,6] ids) => ({out}) {{ {body} }}", **tensors), {"ids": ids})
+
+
+@pytest.mark.parametrize("length", ["l = ReduceL2<axes=[2],keepdims=1>(m)", "s = Mul(m, m) v = ReduceSum(s, two) l = Sqrt(v)"])
+def test_rows_of_zeros_that_are_normalized_are_distilled(length: str) -> None:
+    body = f"""h = MatMul(x, a) r = Relu(h) z = MatMul(r, b) k = Cast<to=1>(mask) u = Unsqueeze(k, two) m = Mul(z, u) {length}
+        c = Clip(l, tiny) y = Div(m, c)"""
+    tensors = {"a": weights(12, 32) * 2, "b": weights(32, 8), "two": np.array([2]), "tiny": np.float32(1e-12)}
+    rng = np.random.default_rng(0)
+    mask = (np.arange(6) < rng.integers(3, 7, 256)[:, None]).astype(np.int64)
+    feeds = {"x": rng.normal(size=(256, 6, 12)).astype(np.float32), "mask": mask}
+    assert distilled(model(f"g (float[n,6,12] x, int64[n,6] mask) => (float[n,6,8] y) {{ {body} }}", **tensors), feeds)
+
+
+@pytest.mark.parametrize("low", [-np.inf, -1e9])
+def test_classes_that_are_masked_have_no_say(low: float) -> None:
+    body = "h = Gemm(x, a, p) r = Relu(h) l = Gemm(r, b, q) m = Where(legal, l, low) y = Softmax(m)"
+    tensors = {"a": weights(12, 32) * 3, "p": weights(32), "b": weights(32, 8) * 2, "q": weights(8), "low": np.float32(low)}
+    rng = np.random.default_rng(0)
+    legal = rng.random((256, 8)) < 0.7
+    legal[:, 0] = True
+    feeds = {"x": rng.normal(size=(256, 12)).astype(np.float32), "legal": legal}
+    assert distilled(model(f"g (float[n,12] x, bool[n,8] legal) => (float[n,8] y) {{ {body} }}", **tensors), feeds)
+
+
+@pytest.mark.parametrize("at", [0, 70])
+@pytest.mark.parametrize("compensation", ["update", "reconstruct", "refine"])
+def test_one_sample_that_gives_no_numbers_leaves_the_others_to_fit_to(compensation: str, at: int) -> None:
+    """A mask of nothing but zeros makes a Softmax of nothing but infinities."""
+
+    def layer(x: str, weights: str, i: int) -> str:
+        q, k, v, o = (f"{name}{weights}" for name in "qkvo")
+        return f"""q_{i} = MatMul({x}, {q}) k_{i} = MatMul({x}, {k}) v_{i} = MatMul({x}, {v}) t_{i} = Transpose<perm=[0,2,1]>(k_{i})
+            l_{i} = MatMul(q_{i}, t_{i}) m_{i} = Add(l_{i}, add) s_{i} = Softmax<axis=-1>(m_{i}) z_{i} = MatMul(s_{i}, v_{i})
+            y{i} = MatMul(z_{i}, {o})"""
+
+    body = f"b = Cast<to=9>(mask) a = Where(b, zero, ninf) add = Unsqueeze(a, one) {layer('x', '1', 0)} {layer('y0', '2', 1)}"
+    tensors = {f"{name}{i}": weights(16, 16) * 1.5 for name in "qkvo" for i in (1, 2)}
+    tensors |= {"zero": np.float32(0), "ninf": np.float32(-np.inf), "one": np.array([1])}
+    proto = model(f"g (float[n,6,16] x, int64[n,6] mask) => (float[n,6,16] y1) {{ {body} }}", **tensors)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(128, 6, 16)).astype(np.float32)
+    mask = (np.arange(6) < rng.integers(1, 7, 128)[:, None]).astype(np.int64)
+    good = [sqnr(pruned(proto, {"x": x, "mask": mask}, compensation=compensation, criterion="l2", allocation="uniform"))[1]]
+    mask[at] = 0
+    good += [sqnr(pruned(proto, {"x": x, "mask": mask}, compensation=compensation, criterion="l2", allocation="uniform"))[1]]
+    assert good[1] > good[0] - 0.5
+
+
+def test_a_norm_over_the_channels_of_maps_weighs_their_places() -> None:
+    body = """x0 = Conv(x, s) h = Conv(x0, a) r = Relu(h) k = Conv(r, b) t = Add(x0, k) mu = ReduceMean<axes=[1]>(t) d = Sub(t, mu)
+        d2 = Mul(d, d) v = ReduceMean<axes=[1]>(d2) w = Sqrt(v) z = Div(d, w) y = Conv(z, o)"""
+    tensors = {"s": weights(8, 3, 1, 1), "a": weights(16, 8, 1, 1), "b": weights(8, 16, 1, 1), "o": weights(5, 8, 1, 1)}
+    proto = model(f"g (float[n,3,6,7] x) => (float[n,5,6,7] y) {{ {body} }}", **tensors)
+    plan = onnxprune.plan(proto, 0.4, verify=False)
+    assert [(t.name, t.normed) for t in targets(plan, onnxprune.apply(proto, plan).model)] == [("y", None), ("t", 1)]
+
+
+# --- without samples -------------------------------------------------------------------------------------------------
+
+
+def test_channels_of_one_dimensional_convolutions_are_seen_without_samples() -> None:
+    path = MODELS / "digits-conv1d.onnx"
+    with np.load(MODELS / "digits-conv1d.eval.npz") as content:
+        feeds, labels = {"input": content["input"].astype(np.float32)}, content["labels"]
+    right = []
+    for criterion, compensation in (("l2", "none"), ("obs", "merge")):
+        made = onnxprune.prune(path, 0.5, calibration="none", criterion=criterion, compensation=compensation, allocation="global").model
+        right.append(float((session(made).run(None, feeds)[0].argmax(axis=1) == labels).mean()))
+    assert right[1] > right[0] + 0.1
+    fields = expect(load(path))
+    convolved = [node.output[0] for node in onnx.load(path).graph.node if node.op_type == "Conv"]
+    assert [fields[name].axis for name in convolved] == [1] * len(convolved)
+
+
+def test_channels_that_come_last_are_seen_without_samples() -> None:
+    body = "t = Transpose<perm=[0,3,1,2]>(x) h = Conv(t, a) r = Relu(h) y = Conv(r, b)"
+    proto = model(f"g (float[n,6,6,3] x) => (float[n,4,6,6] y) {{ {body} }}", a=weights(16, 3, 1, 1), b=weights(4, 16, 1, 1))
+    fields = expect(load(proto))
+    covariance = proto_weights(proto, "a")[:, :, 0, 0]
+    wanted = covariance @ (0.1 * np.eye(3) + 0.9) @ covariance.T  # colours go together
+    np.testing.assert_allclose(fields["h"].covariance, wanted, rtol=1e-5)
+
+
+def test_a_long_signal_takes_no_room_for_its_length() -> None:
+    body = "h = Conv<strides=[8]>(x, a) r = Relu(h) h2 = Conv(r, b) r2 = Relu(h2) y = Conv(r2, c)"
+    proto = model(
+        f"g (float[1,1,48000] x) => (float[1,4,k] y) {{ {body} }}", a=weights(16, 1, 16), b=weights(16, 16, 1), c=weights(4, 16, 1)
+    )
+    assert pruned(proto, "none").reached > 0.35
+
+
+@pytest.mark.parametrize("before", [0, 4])
+def test_channels_that_are_padded_are_padded_where_they_are(before: int) -> None:
+    tensors = {"a": weights(16, 3, 1, 1), "pads": np.array([0, before, 0, 0, 0, 4 - before, 0, 0]), "b": weights(8, 20, 1, 1)}
+    body = "c = Conv(x, a) s = Pad(c, pads) y = Conv(s, b)"
+    proto = model(f"g (float[n,3,6,7] x) => (float[n,8,6,7] y) {{ {body} }}", **tensors)
+    power = np.diag(expect(load(proto))["s"].covariance)
+    assert (power == 0).tolist() == [i < before or i >= before + 16 for i in range(20)]
+
+
+def test_channels_that_are_cut_off_by_a_pad_are_unknown() -> None:
+    body = "c = Conv(x, a) s = Pad(c, pads) h = Conv(s, b) r = Relu(h) y = Conv(r, o)"
+    tensors = {"a": weights(16, 3, 1, 1), "pads": np.array([0, 0, 0, 0, 0, -2, 0, 0]), "b": weights(8, 14, 1, 1), "o": weights(4, 8, 1, 1)}
+    proto = model(f"g (float[n,3,6,7] x) => (float[n,4,6,7] y) {{ {body} }}", **tensors)
+    assert pruned(proto, "none").reached > 0.2
+
+
+def proto_weights(proto: onnx.ModelProto, name: str) -> np.ndarray:
+    return np.asarray(numpy_helper.to_array(next(t for t in proto.graph.initializer if t.name == name)), np.float64)
