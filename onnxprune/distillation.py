@@ -69,7 +69,8 @@ def distilled(
     batches = [list(_alike(part, batch, seen)) for part in (some, held)]
     passes, many = _passes(plan, seen), sum(1 for _ in _alike(seen.shuffled(seed), batch, seen))
     few = "there are too few samples to hold some out" if not all(batches) else ""
-    first = next((count for _, count in seen.counted(batch)), 0)
+    sample, first = next(seen.counted(batch), ({}, 0))
+    blends = all(np.shape(array)[:1] == (first,) for array in sample.values())  # else axis 0 is not that of samples
     few = "most samples are of other sizes than the first; pad them to one" if 2 * many * first < seen.count else few
     large = "the model or the calibration set is too large" if passes < 1 or sum(w.size for w in weights.values()) > MOST else ""
     if few or large or not weights:
@@ -84,7 +85,7 @@ def distilled(
             return pruned
         start, patience = found.losses(tests, weights), passes
         for times in SLOWER:
-            course = Course(RATE / times, passes, passes * many, seed, patience)
+            course = Course(RATE / times, passes, passes * many, seed, patience, blends)
             best, lost = _course(found, course, weights, start, seen, batch, tests, say)
             if best is not weights:
                 break
@@ -111,13 +112,17 @@ def distilled(
 
 @dataclass(frozen=True)
 class Course:
-    """How fast, how often through the samples, and how many steps that are; patience: passes after which it ends with nothing better."""
+    """How fast, how often through the samples, and how many steps that are; patience: passes after which it ends with nothing better.
+
+    blends: samples may be mixed.
+    """
 
     rate: float
     passes: int
     steps: int
     seed: int
     patience: int
+    blends: bool = True
 
 
 def _passes(plan: Plan, seen: Samples) -> int:
@@ -155,7 +160,8 @@ def _course(
         for feeds in _alike(seen.shuffled(course.seed + number), batch, seen):
             step += 1
             rate = course.rate * min(1, step / WARM) * 0.5 * (1 + math.cos(math.pi * min(1, step / course.steps)))
-            _, change = found.gradient(mixed(feeds, np.random.default_rng([course.seed, step])), mine)
+            given = mixed(feeds, np.random.default_rng([course.seed, step])) if course.blends else feeds
+            _, change = found.gradient(given, mine)
             if all(np.isfinite(array).all() for array in change.values()):
                 mine = adam.stepped(mine, change, rate)
         now = found.losses(tests, mine)

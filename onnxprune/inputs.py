@@ -118,7 +118,8 @@ def inputs_of(proto: ModelProto) -> Inputs:
     """The inputs of a model; raises OnnxPruneError where one takes no numbers.
 
     Samples are counted by the first open axis 0 among the inputs, and by the axis of that symbol in the others (the middle one of
-    a recurrent state); where no axis 0 is open, by axis 0 of the first input and of those with the same size.
+    a recurrent state); where no axis 0 is open, by axis 0 of the first input and of those with the same size.  Where no output has
+    that many rows, or a multiple, the model takes one sample as it is (an image without an axis of batches).
     """
     defaults = {t.name for t in proto.graph.initializer}
     entries = tuple(_input(value, value.name in defaults) for value in proto.graph.input)
@@ -135,7 +136,21 @@ def inputs_of(proto: ModelProto) -> Inputs:
         return Inputs(entries, axes, None)
     size = ranked[0].dims[0] if ranked and ranked[0].dims else None
     axes = {e.name: 0 for e in entries if e.dims and e.dims[0] == size}
+    if isinstance(size, int) and size > 1 and _rows(proto) and all(rows % size for rows in _rows(proto)):
+        return Inputs(entries, {}, None)
     return Inputs(entries, axes, size if isinstance(size, int) else None)
+
+
+def _rows(proto: ModelProto) -> list[int]:
+    """The sizes of the outputs along axis 0, 1 of those without axes; none where the file leaves one open."""
+    found = []
+    for value in proto.graph.output:
+        kind = value.type.tensor_type
+        dims = kind.shape.dim
+        if not kind.HasField("shape") or (dims and dims[0].dim_value < 1):
+            return []
+        found.append(dims[0].dim_value if dims else 1)
+    return found
 
 
 def _input(value: ValueInfoProto, optional: bool) -> Input:

@@ -19,7 +19,7 @@ from onnxprune.errors import OnnxPruneError
 from onnxprune.evaluation import evaluate
 from onnxprune.expectation import expect
 from onnxprune.importer import load
-from onnxprune.lessons import targets
+from onnxprune.lessons import Lesson, targets
 from onnxprune.running import session
 
 RNG = np.random.default_rng(0)
@@ -88,6 +88,32 @@ def test_labels_matter_to_an_evaluation_alone() -> None:
     assert result.fidelity
     with pytest.raises(OnnxPruneError, match="labels of the shape"):
         evaluate(proto, result.model, feeds)
+
+
+UNBATCHED = """u = Unsqueeze(x, z) h = Conv(u, c1) r = Relu(h) h2 = Conv(r, c2) r2 = Relu(h2) g = GlobalAveragePool(r2) f = Flatten(g)
+    yy = Gemm(f, w3) y = Squeeze(yy, z)"""
+
+
+def test_an_image_without_an_axis_of_batches_is_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its colours nor its rows are counted, put together with those of another, or mixed."""
+    tensors = {"z": np.array([0]), "c1": weights(16, 3, 3, 3), "c2": weights(16, 16, 1, 1), "w3": weights(16, 4)}
+    proto = model(f"g (float[3,8,8] x) => (float[4] y) {{ {UNBATCHED} }}", **tensors)
+    images = (np.arange(60)[:, None, None, None] + RNG.standard_normal((60, 3, 8, 8))).astype(np.float32)
+    seen: list[np.ndarray] = []
+    gradient = Lesson.gradient
+
+    def watched(self: Lesson, feeds: Any, at: Any) -> Any:
+        seen.append(feeds["x"])
+        return gradient(self, feeds, at)
+
+    monkeypatch.setattr(Lesson, "gradient", watched)
+    result = pruned(proto, lambda: ({"x": image} for image in images), criterion="l2", allocation="uniform")
+    assert result.fidelity
+    assert result.fidelity[1].samples == 60
+    assert {array.tobytes() for array in seen} <= {image.tobytes() for image in images}
+    assert len(seen) > 60
+    with pytest.raises(OnnxPruneError, match=r"'x' has the shape \[60, 3, 8, 8\]; the model takes float32 \[3, 8, 8\]"):
+        pruned(proto, {"x": images})
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
