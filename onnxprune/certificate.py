@@ -24,7 +24,7 @@ from onnxprune.moves import Moves, permuted
 from onnxprune.naming import group_names
 from onnxprune.parts import Parts
 from onnxprune.rewriter import Widths
-from onnxprune.running import LEAST, LOADING, MOST, Arrays, Lazy, Runner, Runs, distance, jittered, some, widened
+from onnxprune.running import LEAST, LOADING, MOST, Arrays, Lazy, Runner, Runs, distance, jittered, some, widened, with_sizes
 from onnxprune.shapes import seeded_feeds
 from onnxprune.traced import other_sizes
 
@@ -161,11 +161,13 @@ def _bench(grouping: Grouping, ready: Runs, feeds: Arrays, arrays: Arrays, seed:
     try:
         reference = ready.run(feeds)
     except OnnxPruneError as error:
-        shapes = ", ".join(f"{k} {list(np.shape(v))}" for k, v in feeds.items())
+        empty = next((name for name, array in feeds.items() if not np.size(array)), None)
         if LOADING in str(error):
             remedy = "the proof runs the model; mend the file, or leave the proof out with --no-verify"
+        elif empty is not None:
+            remedy = f"'{empty}' has no elements: leave out samples that are empty"
         else:
-            remedy = f"these are inputs of {shapes}; give such that it takes with --feeds, or their sizes with --input-shape"
+            remedy = f"these are inputs of {with_sizes(feeds)}; give such that it takes with --feeds, or their sizes with --input-shape"
         raise OnnxPruneError(f"{model.name}: {error}; {remedy}", 2) from error
     bench = Bench(model, ready, feeds, arrays, reference, 0.0)
     rng = np.random.default_rng([seed, 1])

@@ -90,6 +90,17 @@ def test_labels_matter_to_an_evaluation_alone() -> None:
         evaluate(proto, result.model, feeds)
 
 
+@pytest.mark.parametrize(("lengths", "words"), [((0, 4, 8), "'ids' has no elements"), ((4, 0, 8), r"ids \[1, 0\]")])
+def test_texts_without_a_token_are_named(lengths: tuple[int, ...], words: str) -> None:
+    """A model that takes the first token of each."""
+    body = "e = Gather(t, ids) x = Gather<axis=1>(e, none) " + BODY
+    proto = model(f"g (int64[N,T] ids) => (float[N,4] y) {{ {body} }}", t=weights(20, 8), none=np.array(0), **LAYERS)
+    with pytest.raises(OnnxPruneError, match=words) as error:
+        pruned(proto, lambda: ({"ids": np.ones((1, n), np.int64)} for n in lengths))
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 2
+
+
 UNBATCHED = """u = Unsqueeze(x, z) h = Conv(u, c1) r = Relu(h) h2 = Conv(r, c2) r2 = Relu(h2) g = GlobalAveragePool(r2) f = Flatten(g)
     yy = Gemm(f, w3) y = Squeeze(yy, z)"""
 
