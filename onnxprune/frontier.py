@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto
@@ -11,6 +12,7 @@ from onnxprune.capture import Tap, unquantized
 from onnxprune.running import Arrays
 from onnxprune.scopes import captured
 
+Run = Callable[[int, Arrays], Arrays]
 ROOM = 2**29  # bytes to keep, at most: where it is more, runs start from further back
 
 
@@ -59,7 +61,17 @@ class Frontier:
         found._kept, found._done = [dict(kept) for kept in self._kept], set(self._done)
         return found
 
-    def tap(self, proto: ModelProto, values: Iterable[str], changing: Collection[str] = ()) -> Callable[[int, Arrays], Arrays]:
+    def look(self, proto: ModelProto, values: Iterable[str]) -> Run:
+        """What `tap` gives, from where the last run ended and without going on from there: any batches, in any order."""
+        known = _types(self.kept(0))
+        tap = Tap(unquantized(proto), values, known=known)
+
+        def run(number: int, feeds: Arrays) -> Arrays:
+            return tap.run({**feeds, **{name: self._kept[number][name] for name in known}})
+
+        return run
+
+    def tap(self, proto: ModelProto, values: Iterable[str], changing: Collection[str] = ()) -> Run:
         """A function (number of the batch, its feeds) -> {value: array}, to be called for each batch.
 
         changing: tensors and values that may be others at the next call; all else of the model stays.  Raises OnnxPruneError
@@ -67,7 +79,7 @@ class Frontier:
         """
         values = list(dict.fromkeys(values))
         done = self._done | (_behind(proto, values) & _settled(proto, changing))
-        known = {name: array.dtype for name, array in self.kept(0).items()}
+        known = _types(self.kept(0))
         proto = unquantized(proto)
         keep = _crossing(proto, done) if self._room else []
         tap = Tap(proto, [*values, *keep], known=known)
@@ -84,6 +96,10 @@ class Frontier:
             return found
 
         return run
+
+
+def _types(kept: Mapping[str, np.ndarray]) -> dict[str, np.dtype[Any]]:
+    return {name: array.dtype for name, array in kept.items()}
 
 
 def _same(one: NodeProto, other: NodeProto) -> bool:

@@ -18,15 +18,15 @@ FEWEST = 12  # passes
 WORK = 3e13  # multiply-accumulates that all passes may take
 
 
-def stages(model: Model, todo: list[Seat], samples: int, anew: bool = False) -> tuple[list[list[Seat]], bool]:
+def stages(model: Model, todo: list[Seat], samples: int) -> tuple[list[list[Seat]], bool]:
     """The layers of each pass: those that read the same, and more where that would be more work than WORK; and whether it would be.
 
-    model: the original; anew: each pass runs the pruned model from the inputs, as layers that were fitted may change once more.
+    model: the original.
     """
     found = _alike(todo)
     scale = samples / max(1, next((shape[0] for shape in model.input_shapes.values() if shape), 1))
-    along, anyhow = (scale * work(model, [stage[-1].layer.node for stage in found], room / max(scale, 1e-9)) for room in (ROOM, 0))
-    if along + (anyhow if anew else along) <= WORK:
+    along = scale * work(model, [stage[-1].layer.node for stage in found], ROOM / max(scale, 1e-9))
+    if 2 * along <= WORK:
         return found, False
     found = _alike([seat for seat in todo if seat.narrowed] or todo)
     many = -(-len(found) // max(FEWEST, int(WORK * len(found) / (2 * along))))

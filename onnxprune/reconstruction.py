@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from onnx import ModelProto, numpy_helper
 
-from onnxprune.frontier import ROOM, Frontier
+from onnxprune.frontier import Frontier, Run
 from onnxprune.leastsquares import reconstructed
 from onnxprune.linear import CONVOLUTIONS
 from onnxprune.matching import Matched, match, narrowed
@@ -57,11 +57,19 @@ class Refit:
         return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in vars(self).items()}
 
 
-Run = Callable[[int, Arrays], Arrays]
-After = Callable[[ModelProto, Seat], Refit | None]
 Solve = Callable[[Observed, np.ndarray, np.ndarray, bool], Fit]
 Match = Callable[[Plan, ModelProto, Product, Batches, float, tuple[Frontier, Frontier], Collection[str]], Matched | None]
 Find = Callable[[Plan, ModelProto], list[Seat]]
+
+
+class After(Protocol):
+    """What may change a model further when a layer is fitted."""
+
+    def changing(self, seat: Seat) -> Collection[str]:
+        """Tensors and values before the layer that may change with it."""
+
+    def __call__(self, proto: ModelProto, seat: Seat, known: tuple[Frontier, Frontier]) -> Refit | None:
+        """Change the model; known: how far it and the original have been run."""
 
 
 def reconstruct(
@@ -80,8 +88,8 @@ def reconstruct(
     batches: yields feeds anew at each call; every fourth batch (`held`: the share) chooses the shrinkage.  Tensors keep their names
     and shapes; a Conv, ConvTranspose or Gemm without a bias gets one.  Where a pass for each layer would take long, several layers
     share one, and only layers that lost inputs are fitted.  matched: fits products of two activations that lost terms, such as queries
-    by keys, when the layers before them are done; None: they are left alone.  after: what may change the model further when a layer is
-    fitted; it is left out where layers share passes.  find: the layers to fit, and what each is to make.
+    by keys, when the layers before them are done; None: they are left alone.  after: what changes layers further, left out where they
+    share passes.  find: the layers to fit, and what each is to make.
     """
     out = ModelProto()
     out.CopyFrom(pruned)
@@ -91,7 +99,7 @@ def reconstruct(
         if progress:
             progress("the layers stay as they are: no batch is full; give more samples, or those of one size one after another")
         return out, []
-    passes, hurried = stages(plan.grouping.model, find(plan, out), sum(sizes), anew=after is not None)
+    passes, hurried = stages(plan.grouping.model, find(plan, out), sum(sizes))
     waiting = narrowed(plan, out) if matched is not None else []
     report: list[Refit] = []
     if len(sizes) < 2 and progress:
@@ -100,7 +108,7 @@ def reconstruct(
         after = None
         if progress:
             progress("no layers are refined together: the model or the calibration set is too large")
-    mine, whole = Frontier(len(sizes), 0 if after else ROOM), Frontier(len(sizes))  # after: the layer before may change, too
+    mine, whole = Frontier(len(sizes)), Frontier(len(sizes))
 
     def fit_products(end: float, changing: Collection[str]) -> None:
         """Those before a node."""
@@ -116,7 +124,8 @@ def reconstruct(
                 progress(f"fitted {name}" if found else f"{name} {why}")
 
     for number, stage in enumerate(passes):
-        changing = {name for seat in chain(*passes[number:]) for name in (seat.weight, *seat.node.output) if name}
+        left = list(chain(*passes[number:]))
+        changing = {name for seat in left for name in (seat.weight, *seat.node.output, *(after.changing(seat) if after else ())) if name}
         fit_products(stage[0].layer.node, changing)
         if progress:
             progress(f"fitting the layers that stay, pass {number + 1} of {len(passes)}")
@@ -126,7 +135,7 @@ def reconstruct(
         for seat, observed in zip(stage, _observe(out, widths, stage, batches, len(sizes), held, ahead, goals), strict=True):
             fitted = _fit(out, seat, observed, solve)
             report.append(Refit(seat.node.name or seat.node.output[0], fitted.before, fitted.after, fitted.shrinkage))
-            more = after(out, seat) if after else None
+            more = after(out, seat, (mine, whole)) if after else None
             if more:
                 report.append(more)
     fit_products(math.inf, ())

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from onnxprune.capture import Tap
 from onnxprune.emphasis import emphasis
 from onnxprune.errors import OnnxPruneError
+from onnxprune.frontier import Frontier
 from onnxprune.gaussnewton import ITERATIONS, STEPS, Batch, Factor, Pair, Weights, factor, refined
 from onnxprune.linear import CONVOLUTIONS, RECURRENT, made_by
 from onnxprune.operators import operator
@@ -106,36 +106,47 @@ def _each_for_itself(node: NodeProto, tensors: Mapping[str, TensorProto], first:
     return True
 
 
-def refiner(
-    plan: Plan, pruned: ModelProto, batches: Batches, progress: Callable[[str], None] | None = None
-) -> Callable[[ModelProto, Seat], Refit | None]:
-    """A function (model, seat): refine the pair whose second layer was just fitted, in the model; None where there is none or no gain."""
-    found = {couple.second.weight: couple for couple in couples(plan, pruned)}
-    widths = Widths(plan.grouping, plan.remove)
+@dataclass(frozen=True)
+class Refiner:
+    """Refines each pair when its second layer has been fitted; pairs: by the weight of that."""
 
-    def refine(proto: ModelProto, seat: Seat) -> Refit | None:
-        couple = found.get(seat.weight)
+    plan: Plan
+    pairs: Mapping[str, Couple]
+    batches: Batches
+    progress: Callable[[str], None] | None = None
+
+    def changing(self, seat: Seat) -> tuple[str, ...]:
+        """The first layer of the pair that this one is the second of: its weight and outputs."""
+        couple = self.pairs.get(seat.weight)
+        return (couple.first.weight, *couple.first.node.output) if couple else ()
+
+    def __call__(self, proto: ModelProto, seat: Seat, known: tuple[Frontier, Frontier]) -> Refit | None:
+        """The pair's misses before and after; None where there is no pair or no gain."""
+        couple = self.pairs.get(seat.weight)
         if couple is None:
             return None
         try:
-            refit = _refine(plan, proto, couple, widths, batches, WORK / len(found))
+            refit = _refine(self.plan, proto, couple, self.batches, known, WORK / len(self.pairs))
         except OnnxPruneError as error:
-            if progress:
-                progress(f"{_name(couple.second)} is not refined: {error}")
+            if self.progress:
+                self.progress(f"{_name(couple.second)} is not refined: {error}")
             return None
-        if progress and refit:
-            progress(f"refined {refit.node} with {refit.partner}: misses {refit.before:.4f}, then {refit.after:.4f}")
+        if self.progress and refit:
+            self.progress(f"refined {refit.node} with {refit.partner}: misses {refit.before:.4f}, then {refit.after:.4f}")
         return refit
 
-    return refine
+
+def refiner(plan: Plan, pruned: ModelProto, batches: Batches, progress: Callable[[str], None] | None = None) -> Refiner:
+    """What refines all pairs of a pruned model, for `reconstruct`."""
+    return Refiner(plan, {couple.second.weight: couple for couple in couples(plan, pruned)}, batches, progress)
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # steps to what is no number do no better on held-out samples
-def _refine(plan: Plan, proto: ModelProto, couple: Couple, widths: Widths, batches: Batches, work: float) -> Refit | None:
+def _refine(plan: Plan, proto: ModelProto, couple: Couple, batches: Batches, known: tuple[Frontier, Frontier], work: float) -> Refit | None:
     first, second = couple.first, couple.second
     tensors = tensors_of(proto)
     weights = _weights(proto, couple)
-    gathered = _gather(plan, proto, couple, widths, batches, work)
+    gathered = _gather(plan, proto, couple, batches, known, work)
     if len({batch.held for batch in gathered}) < 2:
         return None
     x, y = gathered[0].x.shape, gathered[0].wanted.shape
@@ -219,19 +230,20 @@ def _activation(proto: ModelProto, couple: Couple) -> Callable[[np.ndarray], np.
     return activation
 
 
-def _gather(plan: Plan, proto: ModelProto, couple: Couple, widths: Widths, batches: Batches, work: float) -> list[Batch]:
+def _gather(plan: Plan, proto: ModelProto, couple: Couple, batches: Batches, known: tuple[Frontier, Frontier], work: float) -> list[Batch]:
     """What the pair reads and should make, of as many samples (of sequences: rows) as there is room and time for."""
     first, second, tensors = couple.first, couple.second, tensors_of(proto)
     shapes = [tuple(tensors[seat.weight].dims) for seat in (first, second)]
-    mine = Tap(proto, [name for name in (first.source, second.other) if name])
-    original = Tap(plan.grouping.model.proto, [second.goal])
+    widths = Widths(plan.grouping, plan.remove)
+    mine = known[0].look(proto, [name for name in (first.source, second.other) if name])
+    original = known[1].look(plan.grouping.model.proto, [second.goal])
     total = sum(1 for _ in batches())
     every, most = 1, 0
     found: list[Batch] = []
     for number, feeds in enumerate(batches()):
         if (number // EVERY) % every:
             continue
-        now, then = mine.run(feeds), original.run(feeds)
+        now, then = mine(number, feeds), original(number, feeds)
         wanted = widths.cut(second.goal, then[second.goal])
         made = second.shape.out(first.shape.out(np.shape(now[first.source]), shapes[0]), shapes[1])
         if made != wanted.shape or not wanted.size:  # other places than the original's, by what was computed before

@@ -15,7 +15,7 @@ from outside import build
 from test_attention_compensation import ATTEND, LAYERS, PARTED, ROWS, SEPARATE, SPREAD, made
 
 import onnxprune
-from onnxprune import curves, frontier, reconstruction
+from onnxprune import curves, frontier
 from onnxprune import passes as passes_of
 from onnxprune.calibration import read_calibration
 from onnxprune.capture import Tap, towards
@@ -334,13 +334,38 @@ def test_layers_are_fitted_as_by_runs_from_the_inputs(name: str, passes: int, mo
         samples = {"x": np.random.default_rng(0).normal(size=(48, 5, 8)).astype(np.float32)}
     found = []
     for room in (0, 2**29):
-        monkeypatch.setattr(reconstruction, "ROOM", room)
         monkeypatch.setattr(Frontier.__init__, "__defaults__", (room,))
         result = onnxprune.prune(model, 0.4, calibration=samples, allocation="uniform", criterion="l2", compensation="reconstruct")
         assert result.refits
         found.append({t.name: numpy_helper.to_array(t) for t in result.model.graph.initializer})
     for tensor, array in found[0].items():
         np.testing.assert_allclose(found[1][tensor], array, rtol=0, atol=1e-4 * float(np.abs(array).max(initial=0)), err_msg=tensor)
+
+
+CHAIN = "h = MatMul(x, u) r = Relu(h) i = MatMul(r, w) j = Tanh(i) k = MatMul(j, v) l = Relu(k) y = MatMul(l, t)"
+
+
+@pytest.mark.parametrize("name", ["digits-resnet", "digits-mobilenet", "chain"])
+def test_layers_are_refined_as_by_runs_from_the_inputs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer changes once more when the next one is fitted, in a chain each of them: what it makes is not to be kept till then."""
+    if name == "chain":
+        model: Any = build("float[N, 6] x", CHAIN, "float[N, 6] y", {"u": (6, 16), "w": (16, 16), "v": (16, 16), "t": (16, 6)})
+        samples = {"x": np.random.default_rng(0).normal(size=(256, 6)).astype(np.float32)}
+    else:
+        model = str(ROOT / "models" / f"{name}.onnx")
+        with np.load(ROOT / "models" / "digits-images.calibration.npz") as content:
+            samples = {key: content[key][:64] for key in content.files}
+    counts, found = nodes_run(monkeypatch), []
+    for room in (0, 2**29):
+        monkeypatch.setattr(Frontier.__init__, "__defaults__", (room,))
+        before = sum(counts)
+        result = onnxprune.prune(model, 0.4, calibration=samples, allocation="uniform", criterion="l2", compensation="refine", verify=False)
+        assert sum(bool(refit.partner) for refit in result.refits) > (name == "chain")
+        found.append(({t.name: numpy_helper.to_array(t) for t in result.model.graph.initializer}, sum(counts) - before))
+    assert found[1][1] < found[0][1]
+    for tensor, array in found[0][0].items():
+        atol = 1e-3 * float(np.abs(array).max(initial=0))
+        np.testing.assert_allclose(found[1][0][tensor], array, rtol=0, atol=atol, err_msg=tensor)
 
 
 def test_the_work_of_passes_is_that_of_the_runs_they_take() -> None:
