@@ -43,6 +43,13 @@ slope("Erf")(lambda site, x, y: site.tape.op("Exp", -(x * x)) * (2 / math.sqrt(m
 slope("Softplus")(lambda site, x, y: site.tape.op("Sigmoid", x))
 slope("Sin")(lambda site, x, y: site.tape.op("Cos", x))
 slope("Cos")(lambda site, x, y: -site.tape.op("Sin", x))
+slope("Tan")(lambda site, x, y: y * y + 1)
+slope("Atan")(lambda site, x, y: site.tape.op("Reciprocal", x * x + 1))
+slope("Sinh")(lambda site, x, y: site.tape.op("Cosh", x))
+slope("Cosh")(lambda site, x, y: site.tape.op("Sinh", x))
+slope("Asinh")(lambda site, x, y: site.tape.op("Reciprocal", site.tape.op("Sqrt", x * x + 1)))
+slope("Softsign")(lambda site, x, y: (1 - site.tape.op("Abs", y)) * (1 - site.tape.op("Abs", y)))
+slope("ThresholdedRelu")(lambda site, x, y: _cast(site.tape.op("Greater", x, site.tape.constant(site.get("alpha", 1.0)))))
 slope("Relu")(lambda site, x, y: _cast(site.tape.op("Greater", y, site.tape.constant(0.0))))
 slope("HardSigmoid")(lambda site, x, y: _between(site, y, 0.0, 1.0) * site.get("alpha", 0.2))
 slope("HardSwish")(lambda site, x, y: _cast(site.tape.op("Greater", x, site.tape.constant(3.0))) + _between(site, x, -3, 3) * (x / 3 + 0.5))
@@ -58,6 +65,13 @@ def leaky_relu(site: Site, x: Value, y: Value) -> Value:
 def elu(site: Site, x: Value, y: Value) -> Value:
     """1 above 0, alpha·eˣ below, which is y + alpha."""
     return site.tape.op("Where", site.tape.op("Greater", x, site.tape.constant(0.0)), site.tape.constant(1.0), y + site.get("alpha", 1.0))
+
+
+@slope("Celu")
+def celu(site: Site, x: Value, y: Value) -> Value:
+    """1 above 0, exp(x/alpha) below, which is y/alpha + 1."""
+    above = site.tape.op("Greater", x, site.tape.constant(0.0))
+    return site.tape.op("Where", above, site.tape.constant(1.0), y / float(site.get("alpha", 1.0)) + 1)
 
 
 @slope("Selu")
@@ -116,10 +130,16 @@ def neg(site: Site) -> Sequence[Value | None]:
     return (-site.g,)
 
 
-@adjoint("Cast", "CastLike")
+@adjoint("Cast")
 def cast(site: Site) -> Sequence[Value | None]:
     """Floats to floats (all are float32 here): what comes from integers passes nothing back to them."""
     return (site.g,)
+
+
+@adjoint("CastLike")
+def cast_like(site: Site) -> Sequence[Value | None]:
+    """As Cast; the second input says a type, and its numbers change nothing."""
+    return site.g, site.tape.op("ConstantOfShape", site.tape.integers(site.shape(1)))
 
 
 @adjoint("Add")
@@ -130,6 +150,12 @@ def add(site: Site) -> Sequence[Value | None]:
 @adjoint("Sum")
 def total(site: Site) -> Sequence[Value | None]:
     return tuple(site.fit(i, site.g) for i in range(len(site.node.input)))
+
+
+@adjoint("Mean")
+def mean(site: Site) -> Sequence[Value | None]:
+    many = len(site.node.input)
+    return tuple(site.fit(i, site.g / many) for i in range(many))
 
 
 @adjoint("Sub")

@@ -56,6 +56,17 @@ def reduce_l2(site: Site) -> Sequence[Value | None]:
     return (site.x[0] * _kept(site, (site.g / site.y[0]).where(some)),)
 
 
+@adjoint("ReduceL1")
+def reduce_l1(site: Site) -> Sequence[Value | None]:
+    return (site.tape.op("Sign", site.x[0]) * _kept(site, site.g),)
+
+
+@adjoint("ReduceLogSumExp")
+def reduce_log_sum_exp(site: Site) -> Sequence[Value | None]:
+    """y = log Σ exp(x): by the softmax."""
+    return (site.tape.op("Exp", site.x[0] - _kept(site, site.y[0])) * _kept(site, site.g),)
+
+
 @adjoint("ReduceSumSquare")
 def reduce_sum_square(site: Site) -> Sequence[Value | None]:
     return (site.x[0] * _kept(site, site.g * 2.0),)
