@@ -24,7 +24,7 @@ from onnxprune.lessons import Lesson, lesson, trainable, with_initializers
 from onnxprune.plans import Plan
 from onnxprune.running import Arrays, widened
 from onnxprune.samples import Samples
-from onnxprune.seats import tensors_of, write
+from onnxprune.seats import held_by, tensors_of, write
 
 Changes = dict[str, np.ndarray]
 RATE = 4e-3  # of a tensor's root mean square, a step
@@ -101,12 +101,11 @@ def distilled(
     out.CopyFrom(pruned)
     tensors = tensors_of(out)
     for name in found.graph.weights:
-        with np.errstate(over="ignore"):
-            array = best[name].astype(numpy_helper.to_array(tensors[name]).dtype)
-        if not np.isfinite(array.astype(np.float32)).all():
+        kind = numpy_helper.to_array(tensors[name]).dtype
+        if not held_by(kind, best[name]):
             say("the model is not distilled: half precision does not hold what was found")
             return pruned
-        write(tensors[name], array)
+        write(tensors[name], best[name].astype(kind))
     return out
 
 

@@ -25,7 +25,7 @@ from onnxprune.plans import Plan
 from onnxprune.products import Product, products
 from onnxprune.rewriter import Widths
 from onnxprune.running import Arrays
-from onnxprune.seats import bias_of, give_bias, tensors_of, write
+from onnxprune.seats import bias_of, put, tensors_of
 
 Batches = Callable[[], Iterable[Arrays]]
 SHRINKAGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -88,8 +88,8 @@ def match(
     if not (problem.seen or problem.held):
         return None
     fitted, found = problem.solve()
-    if np.isfinite(found.shrinkage):
-        _fold(pruned, seat, fitted, problem.constant)
+    if np.isfinite(found.shrinkage) and not _fold(pruned, seat, fitted, problem.constant):
+        return Matched(found.before, found.before, np.inf)
     return found
 
 
@@ -248,12 +248,10 @@ class _Head:
         return matrix
 
 
-def _fold(pruned: ModelProto, seat: _Seat, matrices: np.ndarray, constant: float) -> None:
-    """Write each head's matrix into the rows of the layer's weight that make it, and into its bias."""
+def _fold(pruned: ModelProto, seat: _Seat, matrices: np.ndarray, constant: float) -> bool:
+    """Write each head's matrix into the rows of the layer's weight that make it, and into its bias, if its type holds them."""
     found = seat.carrier.seat
-    tensors = tensors_of(pruned)
-    weight = numpy_helper.to_array(tensors[found.weight])
-    rows = found.shape.matrix(weight)[0].copy()
+    rows = found.shape.matrix(numpy_helper.to_array(tensors_of(pruned)[found.weight]))[0].copy()
     bias = bias_of(pruned, found, len(rows)).copy()
     d = seat.columns.shape[1]
     for columns, matrix in zip(seat.columns, matrices, strict=True):
@@ -261,6 +259,4 @@ def _fold(pruned: ModelProto, seat: _Seat, matrices: np.ndarray, constant: float
         bias[columns] = matrix[:d].T @ bias[columns]
         if len(matrix) > d:
             bias[columns] += constant / seat.carrier.scale * matrix[d]
-    write(tensors[found.weight], found.shape.weight(rows[None], weight))
-    if found.layer.takes_bias:
-        give_bias(pruned, found, bias)
+    return put(pruned, found, rows[None], bias)

@@ -13,7 +13,7 @@ from onnx import ModelProto, numpy_helper
 from onnxprune.evidence import Evidence, Reading
 from onnxprune.plans import Plan
 from onnxprune.rewriter import Widths
-from onnxprune.seats import Seat, bias_of, give_bias, outputs_left, seats, tensors_of, write
+from onnxprune.seats import Seat, bias_of, outputs_left, put, seats, tensors_of
 
 DAMPING = 1e-2  # of the mean variance of a feature
 
@@ -56,11 +56,9 @@ def _update(proto: ModelProto, widths: Widths, seat: Seat, weight: np.ndarray, r
         left = sigma[:, kept][:, :, kept] + damping * np.eye(int(kept.sum()))
         cross = whole @ sigma[:, :, kept] + damping * sliced
         matrix = np.linalg.solve(left, cross.transpose(0, 2, 1)).transpose(0, 2, 1)
-        write(tensors_of(proto)[seat.weight], seat.shape.weight(matrix, weight))
-    if not seat.layer.takes_bias:
-        return
     shift = np.einsum("gof,gf->go", whole, reading.mean) - np.einsum("gof,gf->go", matrix, reading.mean[:, kept])
-    give_bias(proto, seat, bias_of(proto, seat, shift.size) + shift.ravel())
+    bias = bias_of(proto, seat, shift.size) + shift.ravel()
+    put(proto, seat, matrix if weights else None, bias)
 
 
 def rows_that_stay(widths: Widths, seat: Seat, matrix: np.ndarray, sliced: np.ndarray) -> np.ndarray | None:

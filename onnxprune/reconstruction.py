@@ -27,7 +27,7 @@ from onnxprune.recurrences import spelled_out
 from onnxprune.rewriter import Widths
 from onnxprune.ridge import Fit
 from onnxprune.running import Arrays
-from onnxprune.seats import Seat, bias_of, give_bias, original_goal, seats, tensors_of, write
+from onnxprune.seats import Seat, bias_of, original_goal, put, seats, tensors_of
 
 Batches = Callable[[], Iterable[Arrays]]
 ROWS = 65536  # of a layer, or 16 times its features where that is more
@@ -179,19 +179,12 @@ def _side_by_side(seat: Seat, weight: tuple[int, ...], now: Arrays, goal: tuple[
 
 def _fit(proto: ModelProto, seat: Seat, observed: Observed, solve: Solve) -> Fit:
     """Fit one layer, and write what was found into the model."""
-    tensors = tensors_of(proto)
-    weight = numpy_helper.to_array(tensors[seat.weight])
-    matrix = seat.shape.matrix(weight)
+    matrix = seat.shape.matrix(numpy_helper.to_array(tensors_of(proto)[seat.weight]))
     groups, wide, _ = matrix.shape
     bias = bias_of(proto, seat, groups * wide).reshape(groups, wide)
     if not (observed.seen.count + observed.held.count and observed.seen.finite and observed.held.finite):
         return Fit(matrix, bias, np.inf, np.nan, np.nan)
     found = solve(observed, matrix, bias, seat.layer.takes_bias)
-    with np.errstate(over="ignore"):
-        fitted, shift = seat.shape.weight(found.matrix, weight), found.bias.astype(weight.dtype)
-    if not (np.isfinite(np.asarray(fitted, np.float32)).all() and np.isfinite(np.asarray(shift, np.float32)).all()):
-        return Fit(matrix, bias, np.inf, found.before, found.before)  # half precision does not hold what was found
-    write(tensors[seat.weight], fitted)
-    if seat.layer.takes_bias:
-        give_bias(proto, seat, found.bias.ravel())
+    if not put(proto, seat, found.matrix, found.bias):
+        return Fit(matrix, bias, np.inf, found.before, found.before)
     return found

@@ -25,7 +25,7 @@ from onnxprune.reconstruction import Batches, Refit
 from onnxprune.rewriter import Widths
 from onnxprune.running import Arrays, as_float32, first_line, session
 from onnxprune.scopes import captured
-from onnxprune.seats import Seat, all_seats, bias_of, give_bias, tensors_of, write
+from onnxprune.seats import Seat, all_seats, bias_of, give_bias, held_by, tensors_of, write
 
 ROOM = 2**28  # numbers that are kept of the activations of a pair
 WORK = 2e13  # multiply-accumulates that the steps of all pairs may take
@@ -164,10 +164,11 @@ def _refine(plan: Plan, proto: ModelProto, couple: Couple, batches: Batches, kno
     found = refined(pair, weights, gathered, (factors[0], factors[1]))
     if found is None:
         return None
-    for position, seat in enumerate((first, second)):
-        tensor = tensors[seat.weight]
-        kind = numpy_helper.to_array(tensor).dtype
-        write(tensor, found.parts[2 * position].astype(kind))
+    kinds = [numpy_helper.to_array(tensors[seat.weight]).dtype for seat in (first, second)]
+    if not all(held_by(kind, *found.parts[2 * i : 2 * i + 2]) for i, kind in enumerate(kinds)):
+        return None
+    for position, (seat, kind) in enumerate(zip((first, second), kinds, strict=True)):
+        write(tensors[seat.weight], found.parts[2 * position].astype(kind))
         if free[position]:
             give_bias(proto, seat, found.parts[2 * position + 1].ravel())
     scale = max(_spread(pair, gathered), 1e-30)

@@ -256,6 +256,27 @@ def _read_as(proto: ModelProto, names: Sequence[str], held: np.ndarray) -> np.dt
     return helper.tensor_dtype_to_np_dtype(casts[0]) if casts else held.dtype
 
 
+def put(proto: ModelProto, seat: Seat, matrix: np.ndarray | None, bias: np.ndarray) -> bool:
+    """Write a layer's weight (groups, out, features; None: it stays) and the bias that it takes, if its type holds them."""
+    tensor = tensors_of(proto)[seat.weight]
+    now = numpy_helper.to_array(tensor)
+    with np.errstate(over="ignore"):
+        weight = now if matrix is None else seat.shape.weight(matrix, now)
+    if not held_by(now.dtype, weight, bias):
+        return False
+    if matrix is not None:
+        write(tensor, weight)
+    if seat.layer.takes_bias:
+        give_bias(proto, seat, bias.ravel())
+    return True
+
+
+def held_by(kind: np.dtype[Any], *arrays: np.ndarray) -> bool:
+    """Whether a type holds numbers as finite ones: those of half precision end at 65504."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return all(np.isfinite(array.astype(kind).astype(np.float32)).all() for array in arrays)
+
+
 def write(tensor: TensorProto, array: np.ndarray) -> None:
     kind, name = tensor.data_type, tensor.name
     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))  # 0-d stays 0-d

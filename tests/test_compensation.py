@@ -155,13 +155,14 @@ def test_layers_that_share_a_pass_are_fitted_well_too(passes: int, monkeypatch: 
     assert result.fidelity[1].loss < result.fidelity[0].loss
 
 
-def test_half_precision_keeps_what_it_can_hold() -> None:
+@pytest.mark.parametrize("compensation", ["mean", "moments", "update", "reconstruct", "refine", "distill"])
+def test_half_precision_keeps_what_it_can_hold(compensation: str) -> None:
     """Weights that would be larger than a float16 can be are not written."""
     model = converted(net(), TensorProto.FLOAT16)
     for tensor in model.graph.initializer:
         array = numpy_helper.to_array(tensor) * {"v": 1e-3, "w": 6e4}.get(tensor.name, 1.0)
         tensor.CopyFrom(numpy_helper.from_array(np.clip(array, -6e4, 6e4).astype(np.float16), tensor.name))
-    result = onnxprune.prune(model, 0.6, calibration={"x": X}, allocation="uniform")
+    result = onnxprune.prune(model, 0.6, calibration={"x": X}, allocation="uniform", compensation=compensation)
     assert all(np.isfinite(array).all() for array in arrays(result.model).values() if array.dtype.kind == "f")
 
 
