@@ -158,10 +158,7 @@ def _refine(plan: Plan, proto: ModelProto, couple: Couple, batches: Batches, kno
     free = (first.layer.takes_bias, second.layer.takes_bias)
     pair = Pair(one, two, (first.shape, second.shape), _activation(proto, couple), free, second.bounds)
     seen = [batch for batch in gathered if not batch.held]
-    factors = _factor(pair, weights, seen, 0), _factor(pair, weights, seen, 1)
-    if factors[0] is None or factors[1] is None:
-        return None
-    found = refined(pair, weights, gathered, (factors[0], factors[1]))
+    found = refined(pair, weights, gathered, (_factor(pair, weights, seen, 0), _factor(pair, weights, seen, 1)))
     if found is None:
         return None
     kinds = [numpy_helper.to_array(tensors[seat.weight]).dtype for seat in (first, second)]
@@ -291,15 +288,15 @@ def _cut(seat: Seat, arrays: Sequence[np.ndarray], most: int, feeds: Arrays, num
     return [row.reshape(*[1] * (array.ndim - 2), *row.shape) for row, array in zip(rows, arrays, strict=True)]
 
 
-def _factor(pair: Pair, weights: Weights, batches: Sequence[Batch], position: int) -> Factor | None:
-    """The preconditioner of one of the layers; None where there are too few rows to fit so many features to."""
+def _factor(pair: Pair, weights: Weights, batches: Sequence[Batch], position: int) -> Factor:
+    """The preconditioner of one of the layers.  Raises OnnxPruneError where there are too few rows to fit so many features to."""
     shape, weight = pair.shapes[position], weights.parts[2 * position]
     features = shape.features(weight.shape)
     reads = [b.x.shape if position == 0 else pair.shapes[0].out(b.x.shape, weights.parts[0].shape) for b in batches]
     makes = [shape.out(read, weight.shape) for read in reads]
     counts = [shape.places(made) * (made[0] if shape.op in CONVOLUTIONS else 1) for made in makes]
     if sum(counts) < ENOUGH * features:
-        return None
+        raise OnnxPruneError(f"the samples make {sum(counts)} rows for {features} features, {ENOUGH * features} would do", 4)
     many = max(1, max(ROWS, 4 * features) // len(batches))
 
     def rows() -> Iterator[tuple[np.ndarray, np.ndarray | None]]:

@@ -244,6 +244,14 @@ def test_few_samples_do_no_harm() -> None:
         assert best < 1.05 * least
 
 
+def test_what_is_not_refined_for_too_few_samples_is_said() -> None:
+    said: list[str] = []
+    few = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    result = pruned(two_layers(8), {"x": few}, "refine", progress=said.append)
+    assert not any(refit.partner for refit in result.refits)
+    assert sum("is not refined: the samples make" in line for line in said) == 1
+
+
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_samples_whose_squares_are_no_numbers_warn_of_nothing_and_do_no_harm() -> None:
     model, seen = conv_model(0), {"x": smooth(8, 10) * np.float32(1e25)}
